@@ -1,0 +1,49 @@
+"""What all tests share: the gate of the tests that need a GPU, and Hypothesis's settings."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import hypothesis
+import pytest
+
+# No deadline: a first example may start processes or load torch's operators.
+hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
+# The same examples in every run, and no data base of earlier failures.
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@functools.cache
+def gpu_names() -> tuple[str, ...]:
+    """The GPUs that torch sees. Imports torch, so ask only when a test needs to know."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def pytest_report_collectionfinish(items: list[pytest.Item]) -> str | None:
+    """Say which GPUs the tests run on, and how, where there are tests that use them."""
+    count = sum(item.get_closest_marker("gpu") is not None for item in items)
+    if not count:
+        return None
+    names = gpu_names()
+    if not names:
+        return f"gpu: none (tests that need one: {count})"
+    if len(names) == 1:
+        return f"gpu: 1 ({names[0]}): NCCL at world size 1, and many ranks as threads on it"
+    return f"gpu: {len(names)} ({', '.join(sorted(set(names)))}): NCCL, one process per GPU"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `gpu` where there is none; under CREDIT_REQUIRE_GPU=1 that is an error."""
+    if item.get_closest_marker("gpu") is None or gpu_names():
+        return
+    reason = "no GPU: torch.cuda.is_available() is False"
+    if os.environ.get("CREDIT_REQUIRE_GPU", "0") not in ("", "0"):
+        pytest.fail(f"{reason}, and CREDIT_REQUIRE_GPU is set", pytrace=False)
+    pytest.skip(reason)

@@ -1,0 +1,37 @@
+"""Sphinx's settings: `nox -s docs` builds the pages into docs/_build/html."""
+
+project = "credit-parallel"
+author = "The credit-parallel contributors"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = "credit-parallel"
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+# Names that are documented elsewhere. Looking them up there (intersphinx) needs a network; the build does not.
+nitpick_ignore_regex = [
+    (r"py:.*", r"torch(\..*)?"),
+    (r"py:.*", r"(collections|datetime|os|pathlib|typing)\..*"),
+    (r"py:.*", r"timedelta"),
+]
+
+
+def keep_colon(app, what, name, obj, options, lines):
+    """Keep napoleon from reading "Process group: the ranks that ..." on a property as "type: description"."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = f": {lines[0]}"
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", keep_colon, priority=400)  # before napoleon, at 500

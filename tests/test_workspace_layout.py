@@ -1,0 +1,29 @@
+"""Rules of the layout that nothing else would notice: see CONTRIBUTING.md."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = sorted(path.name for path in (ROOT / "packages").glob("credit-*"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_test_files_carry_the_name_of_their_layer(package):
+    layer = package.removeprefix("credit-")
+    tests = {path.name for path in (ROOT / "packages" / package / "tests").rglob("test_*.py")}
+    assert tests, "every package has tests"
+    assert not {name for name in tests if not name.startswith(f"test_{layer}_")}
+
+
+def test_no_two_modules_of_the_tests_share_a_name():
+    # pytest imports each by its bare name, so that a function in it can be sent to another process.
+    modules = [p.name for p in ROOT.glob("packages/*/tests/**/*.py")] + [p.name for p in ROOT.glob("tests/*.py")]
+    shared = {name for name, count in Counter(modules).items() if count > 1} - {"conftest.py"}
+    assert not shared
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_licence_is_that_of_the_repository(package):
+    assert (ROOT / "packages" / package / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
