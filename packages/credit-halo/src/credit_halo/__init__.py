@@ -1,0 +1,31 @@
+"""One exact, differentiable exchange of rows.
+
+Any rank can ask for any rows of a tensor whose rows are sharded over ranks, and the gradient finds its way home. A
+*plan* (integers only) says who sends what to whom; the *exchange* carries it out.
+"""
+
+from credit_halo._version import __version__
+from credit_halo.edges import EdgeRule, constant, pole_crossing
+from credit_halo.exchange import PendingRows, exchange_rows, post_rows, repartition_rows, take_rows
+from credit_halo.faults import ExchangeError
+from credit_halo.halo_exchange import HaloExchange
+from credit_halo.plan import ExchangePlan, Need, plan_halo, plan_repartition, plan_rows
+
+__all__ = [
+    "EdgeRule",
+    "ExchangeError",
+    "ExchangePlan",
+    "HaloExchange",
+    "Need",
+    "PendingRows",
+    "__version__",
+    "constant",
+    "exchange_rows",
+    "plan_halo",
+    "plan_repartition",
+    "plan_rows",
+    "pole_crossing",
+    "post_rows",
+    "repartition_rows",
+    "take_rows",
+]

@@ -1,0 +1,3 @@
+"""The version of this package, kept by `hatch version`."""
+
+__version__ = "0.1.0"

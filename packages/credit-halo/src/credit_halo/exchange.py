@@ -1,0 +1,235 @@
+"""Exchanging rows of a sharded tensor: the functions that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from credit_halo import ops
+from credit_halo.agreement import agree, has_agreed
+from credit_halo.edges import EdgeRule
+from credit_halo.faults import ExchangeError
+from credit_halo.plan import ExchangePlan, Need, plan_repartition, plan_rows
+from credit_halo.rows import memory_format
+from credit_mesh import RowPartition
+
+
+def exchange_rows(
+    x: Tensor, plan: ExchangePlan, *, dim: int = -2, group: ProcessGroup | None = None, label: str = "rows"
+) -> Tensor:
+    """Bring each rank the rows that the plan says it needs.
+
+    Differentiable to any order: the backward is the exact adjoint, with as many messages, and every rank must run it
+    if one does. The input is never modified.
+
+    Args:
+        x: This rank's rows: any shape, dtype and layout, with ``plan.in_rows`` entries along ``dim``.
+        plan: This rank's plan.
+        dim: The sharded dim.
+        group: The ranks that take part, in the order of the plan's partition; None means the whole world, or nobody
+            else where torch.distributed is not initialised.
+        label: What errors and traces call this exchange; the same on every rank.
+
+    Returns:
+        A tensor like ``x`` with ``plan.out_rows`` entries along ``dim``, in the same dtype and memory format. Where
+        this rank needs just its own rows and nobody else needs them, it is ``x`` itself.
+
+    Raises:
+        ValueError: On all ranks alike, if the tensor of any does not fit its plan, or ranks disagree on the plan, the
+            dtype or the other dims. Ranks compare once for each plan, dtype and shape; a mistake that one rank makes
+            later is raised there at once, and reaches the others as an ExchangeError.
+        ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+    Collectives:
+        One message to each rank in ``plan.sends``, one from each in ``plan.recvs``. At the first use of a plan,
+        dtype and shape one all-gather of a number.
+    """
+    dim, name = _checked(x, plan, dim, group, label)
+    if not torch.compiler.is_compiling() and plan.is_identity:
+        if name:
+            ops.agree_on(x, dim, plan, _group_of(group), label)
+        return x
+    out: Tensor = ops.exchange(x, dim, plan.key, name, label, False)
+    return out
+
+
+def take_rows(
+    x: Tensor,
+    rows: Sequence[Need],
+    *,
+    partition: RowPartition,
+    dim: int = -2,
+    edge: EdgeRule | str = "zeros",
+    group: ProcessGroup | None = None,
+    label: str = "rows",
+) -> Tensor:
+    """Bring each rank any global rows, in the order asked for: :func:`exchange_rows` with the plan made on the way.
+
+    Args:
+        x: This rank's rows.
+        rows: For each rank the global rows that it wants: a ``range`` or any sequence of integers, with repeats, in any
+            order, also beyond the edges. The same on every rank.
+        partition: Who owns which rows.
+        dim: The sharded dim.
+        edge: What lies beyond the edges.
+        group: The ranks that take part; see :func:`exchange_rows`.
+        label: What errors and traces call this exchange.
+
+    Raises:
+        ValueError: As :func:`plan_rows` and :func:`exchange_rows`.
+        ExchangeError: As :func:`exchange_rows`.
+
+    Collectives:
+        Those of :func:`exchange_rows`.
+    """
+    plan = plan_rows(partition, rows, rank=_rank(group), edge=edge)
+    return exchange_rows(x, plan, dim=dim, group=group, label=label)
+
+
+def repartition_rows(
+    x: Tensor,
+    source: RowPartition,
+    target: RowPartition,
+    *,
+    dim: int = -2,
+    group: ProcessGroup | None = None,
+    label: str = "repartition",
+) -> Tensor:
+    """Move rows from one partition to another; only rows that change hands are sent.
+
+    Args:
+        x: This rank's rows under ``source``.
+        source: Who owns which rows.
+        target: Who is to own which rows; of the same number of rows and ranks.
+        dim: The sharded dim.
+        group: The ranks that take part; see :func:`exchange_rows`.
+        label: What errors and traces call this exchange.
+
+    Returns:
+        This rank's rows under ``target``.
+
+    Raises:
+        ValueError: If the partitions do not match each other, or as :func:`exchange_rows`.
+        ExchangeError: As :func:`exchange_rows`.
+
+    Collectives:
+        Those of :func:`exchange_rows`.
+    """
+    plan = plan_repartition(source, target, rank=_rank(group))
+    return exchange_rows(x, plan, dim=dim, group=group, label=label)
+
+
+class PendingRows:
+    """Rows under way, between :func:`post_rows` and :meth:`wait`."""
+
+    def __init__(self, x: Tensor, plan: ExchangePlan, dim: int, group: str, label: str) -> None:
+        self._plan, self._dim, self._group, self._label = plan, dim, group, label
+        self._shape, self._last = list(x.shape), memory_format(x) != torch.contiguous_format
+        self._own = ops.keep(x, dim, plan.key, False) if plan.local or plan.fills else None
+        self._posted: Tensor | None = ops.post(x, dim, plan.key, group, label, False)
+
+    def wait(self) -> Tensor:
+        """Wait for the rows; what :func:`exchange_rows` would have returned.
+
+        In backward this is where gradients are posted, so that they travel while the gradients of everything computed
+        between post and wait are worked out.
+
+        Raises:
+            ExchangeError: If a peer died, did not answer within the timeout of the group, or this was called before.
+        """
+        if self._posted is None:
+            raise ExchangeError(f"exchange {self._label!r} was waited for twice")
+        posted, self._posted = self._posted, None
+        rows: Tensor = ops.collect(
+            posted, self._shape, self._dim, self._plan.key, self._group, self._label, False, self._last
+        )
+        return rows if self._own is None else rows + self._own
+
+
+def post_rows(
+    x: Tensor, plan: ExchangePlan, *, dim: int = -2, group: ProcessGroup | None = None, label: str = "rows"
+) -> PendingRows:
+    """Start an exchange and return at once, so that something else can be computed while rows travel.
+
+    .. code-block:: python
+
+        pending = post_rows(x, missing, dim=-2, group=group)
+        inner = conv(x)          # needs no other rank's rows
+        halo = pending.wait()
+
+    It overlaps most with a plan that asks for missing rows only; what a plan asks of a rank's own rows is copied
+    before this returns. Every posted exchange must be waited for, in any order.
+
+    Args:
+        x: This rank's rows; it may be modified once this returns.
+        plan: This rank's plan.
+        dim: The sharded dim.
+        group: The ranks that take part; see :func:`exchange_rows`.
+        label: What errors and traces call this exchange.
+
+    Raises:
+        ValueError: As :func:`exchange_rows`.
+        ExchangeError: As :func:`exchange_rows`.
+
+    Collectives:
+        Those of :func:`exchange_rows`, not waited for.
+    """
+    dim, name = _checked(x, plan, dim, group, label)
+    return PendingRows(x, plan, dim, name, label)
+
+
+def _checked(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None, label: str) -> tuple[int, str]:
+    """Return dim counted from the first, and the name of the group; a mistake is raised on all ranks if possible."""
+    problem = _problem(x, plan, dim, group)
+    if problem is not None:
+        what = f"exchange {label!r}"
+        if dist.is_initialized() and plan.ranks > 1 and plan.ranks == dist.get_world_size(group):
+            pg = _group_of(group)
+            # The others stand at the first use of this plan and wait to agree on it, unless it was used before.
+            if not has_agreed(pg, plan.digest):
+                agree(pg, None, what, lambda: f"plan {plan.digest}", x.device, problem)
+        raise ValueError(f"{what}: on rank {plan.rank} {problem}")
+    name = _group_of(group).group_name if plan.ranks > 1 else ""
+    return dim % x.ndim, name
+
+
+def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None) -> str | None:
+    """What is wrong with a call, if anything is."""
+    if not -x.ndim <= dim < x.ndim:
+        return f"dim={dim} is out of range for a tensor of shape {tuple(x.shape)}"
+    if x.shape[dim] != plan.in_rows:
+        return (
+            f"the tensor of shape {tuple(x.shape)} has {x.shape[dim]} rows in dim {dim}, where {plan.partition} says "
+            f"{plan.in_rows}"
+        )
+    if plan.edge.kind == "pole":
+        lon_dim, shape = plan.edge.lon_dim, tuple(x.shape)
+        if not -x.ndim <= lon_dim < x.ndim or (lon_dim - dim) % x.ndim == 0:
+            return f"lon_dim={lon_dim} must be a dim of a tensor of shape {shape} other than the sharded one, {dim}"
+        if shape[lon_dim] % 2:
+            return f"crossing a pole turns by half the longitudes: their number must be even, and is {shape[lon_dim]}"
+        signs, channel_dim = plan.edge.signs, plan.edge.channel_dim
+        fits = -x.ndim <= channel_dim < x.ndim and isinstance(signs, tuple) and shape[channel_dim] == len(signs)
+        if isinstance(signs, tuple) and not fits:
+            return f"{len(signs)} signs do not fit channel_dim={channel_dim} of a tensor of shape {shape}"
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if size != plan.ranks:
+        hint = "" if dist.is_initialized() else "; torch.distributed is not initialised"
+        return f"the plan is for {plan.ranks} ranks, the group has {size}{hint}"
+    if plan.ranks > 1 and dist.get_rank(group) != plan.rank:
+        return f"the plan is that of rank {plan.rank}; this is rank {dist.get_rank(group)} of the group"
+    return None
+
+
+def _group_of(group: ProcessGroup | None) -> ProcessGroup:
+    chosen = dist.group.WORLD if group is None else group
+    assert isinstance(chosen, ProcessGroup)
+    return chosen
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0

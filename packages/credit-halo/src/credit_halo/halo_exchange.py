@@ -1,0 +1,251 @@
+"""The halo exchange layer: rows of the neighbours before and after a rank's own."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from credit_halo import ops
+from credit_halo._torch_private import group_by_name
+from credit_halo.agreement import agree
+from credit_halo.edges import EdgeRule
+from credit_halo.plan import plan_halo
+from credit_halo.rows import empty_rows
+from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
+
+
+class HaloExchange(nn.Module):
+    """Pads a sharded tensor with rows of its neighbours, and with the edge rule's rows beyond the edges.
+
+    The padded tensors of all ranks are slices of the whole padded tensor: a convolution without padding along ``dim``
+    then computes on each rank what it would have computed there on the whole. This holds on one rank too, where there
+    is nothing but edges: without a manager, or with a single domain rank, the layer pads by its edge rule. It never
+    returns its input unpadded, since the convolution after it would then lose rows.
+
+    The layer learns the partition of its input from the other ranks, by a small all-gather: once for each number of
+    rows under a declared partition (``manager.declare``, ``shard_tensor``), and at each call where none is declared.
+
+    Args:
+        halo_width: Rows on each side, or a pair ``(before, after)``.
+        dim: The sharded dim; -2 is latitude in (B, C, H, W).
+        edge: What lies beyond the edges: zeros unless told otherwise; see :class:`EdgeRule`.
+        manager: Whose domain group takes part; None looks up the present one at each call.
+        label: What errors and traces call this exchange; the same on every rank.
+
+    Raises:
+        ValueError: If a width is no integer, or negative, or the edge rule is unknown.
+    """
+
+    def __init__(
+        self,
+        halo_width: int | tuple[int, int],
+        dim: int = -2,
+        *,
+        edge: EdgeRule | str = "zeros",
+        manager: DomainParallelManager | None = None,
+        label: str = "halo",
+    ) -> None:
+        super().__init__()
+        self.halo_width = halo_width
+        self.dim = dim
+        self.edge = EdgeRule.of(edge)
+        self.manager = manager
+        self.label = label
+        self._before, self._after = _widths(halo_width)
+        self._edge = _name(self.edge)
+        self._layer = next(_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad ``x`` along ``dim``.
+
+        Args:
+            x: This rank's rows, of any shape.
+
+        Returns:
+            A tensor with ``before + after`` more rows, in the dtype and memory format of ``x``.
+
+        Raises:
+            ValueError: On all ranks alike, if ``dim`` is out of range, the edge rule does not reach as far as the
+                halo, or ranks disagree on the halo, the dtype or the other dims.
+            ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+        Collectives:
+            One message to and from each rank within reach, forward and backward; see above for the all-gather.
+        """
+        group, declared = _where(self.manager)
+        return _halo(x, self._before, self._after, self.dim, self._edge, group, self.label, self._layer, declared)
+
+    @staticmethod
+    def trim(x: Tensor, halo_before: int, halo_after: int, dim: int = -2) -> Tensor:
+        """Cut rows off both ends; a view.
+
+        Args:
+            x: Tensor with extra rows.
+            halo_before: Rows to cut off the start.
+            halo_after: Rows to cut off the end.
+            dim: Dim to cut along.
+
+        Raises:
+            ValueError: If a number is negative, or there are fewer rows than that.
+        """
+        rows = x.shape[dim]
+        if min(halo_before, halo_after) < 0 or halo_before + halo_after > rows:
+            raise ValueError(
+                f"cannot trim {halo_before} and {halo_after} rows off the {rows} of dim {dim} of shape {tuple(x.shape)}"
+            )
+        return x.narrow(dim, halo_before, rows - halo_before - halo_after)
+
+    def extra_repr(self) -> str:
+        """The arguments that tell layers apart."""
+        return f"{self.halo_width}, dim={self.dim}, edge={self.edge.kind!r}"
+
+
+class _HaloExchangeFunction(torch.autograd.Function):
+    """The halo exchange as an autograd function, with zeros beyond the edges."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halo_width: int | tuple[int, int], dim: int, manager: Any) -> Tensor:
+        """Pad ``x`` with the halo of its neighbours.
+
+        Args:
+            ctx: Context of autograd.
+            x: This rank's rows.
+            halo_width: Rows on each side, or a pair ``(before, after)``.
+            dim: The sharded dim.
+            manager: Whose domain group takes part; None is the present one.
+        """
+        before, after = _widths(halo_width)
+        group, declared = _where(manager)
+        dim = _normal_dim(x, dim, group, "halo")
+        sizes = _learn(x, dim, group, "halo", -1, declared)
+        ctx.save_for_backward(sizes)
+        ctx.args = (before, after, dim, _name(EdgeRule()), group, "halo")
+        out: Tensor = _halo_op(x, sizes, *ctx.args, False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Send the gradient of each halo row home, and add it there."""
+        (sizes,) = ctx.saved_tensors
+        return _halo_op(grad_outputs[0], sizes, *ctx.args, True), None, None, None
+
+
+def _widths(halo_width: int | tuple[int, int]) -> tuple[int, int]:
+    widths = (halo_width, halo_width) if isinstance(halo_width, int) else tuple(halo_width)
+    if len(widths) != 2 or any(isinstance(w, bool) or not isinstance(w, int) or w < 0 for w in widths):
+        raise ValueError(f"halo_width must be an integer >= 0 or a pair of them (before, after); got {halo_width!r}")
+    return widths
+
+
+def _where(manager: Any) -> tuple[str, str]:
+    """The name of the domain group, empty for a single rank, and what the declared partition is called."""
+    if manager is None:
+        manager = get_domain_parallel_manager()
+    if manager is None or manager.domain_parallel_size == 1:
+        return "", ""
+    partition = manager.partition
+    return manager.domain_group.group_name, "" if partition is None else partition.key
+
+
+def _halo(
+    x: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, layer: int, declared: str
+) -> Tensor:
+    dim = _normal_dim(x, dim, group, label)
+    sizes = _learn(x, dim, group, label, layer, declared)
+    out: Tensor = _halo_op(x, sizes, before, after, dim, edge, group, label, False)
+    return out
+
+
+def _normal_dim(x: Tensor, dim: int, group: str, label: str) -> int:
+    if -x.ndim <= dim < x.ndim:
+        return dim % x.ndim
+    problem = f"dim={dim} is out of range for a tensor of shape {tuple(x.shape)}"
+    if group:  # the others may have got it right, and would wait
+        agree(group_by_name(group), None, f"exchange {label!r}", lambda: "a halo", x.device, problem)
+    raise ValueError(f"exchange {label!r}: {problem}")
+
+
+_layers = itertools.count()
+_rules: dict[str, EdgeRule] = {}
+_learned: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _name(rule: EdgeRule) -> str:
+    """A string for an operator to carry; :data:`_rules` turns it back."""
+    _rules[repr(rule)] = rule
+    return repr(rule)
+
+
+@torch.library.custom_op("credit_halo::learn_partition", mutates_args=())
+def _learn(x: Tensor, dim: int, group: str, label: str, layer: int, declared: str) -> Tensor:
+    """Rows of each rank, on the CPU.
+
+    What was learned is kept for each layer, declared partition and number of rows. Ranks therefore decide alike whether
+    to ask, unless the height changes and nobody declares it; so without a declared partition they ask every time.
+    """
+    rows = x.shape[dim]
+    if not group:
+        return torch.tensor([rows])
+    pg = group_by_name(group)
+    key = (pg, layer, declared, dim, rows)
+    if declared and layer >= 0 and key in _learned:
+        return _learned[key].clone()
+    shape = ["rows" if d == dim else str(size) for d, size in enumerate(x.shape)]
+    said = (
+        f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), declared partition {declared or 'none'}"
+    )
+    gathered = agree(pg, None, f"exchange {label!r}", lambda: said, x.device, rows=rows)
+    sizes = torch.tensor(gathered)
+    if declared and layer >= 0:
+        _learned[key] = sizes.clone()
+    return sizes
+
+
+@_learn.register_fake
+def _(x: Tensor, dim: int, group: str, label: str, layer: int, declared: str) -> Tensor:
+    return torch.empty(dist.get_world_size(group_by_name(group)) if group else 1, dtype=torch.int64)
+
+
+@torch.library.custom_op("credit_halo::halo", mutates_args=())
+def _halo_op(
+    x: Tensor, sizes: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, adjoint: bool
+) -> Tensor:
+    partition = RowPartition(tuple(sizes.tolist()), allow_empty=True)
+    rank = _rank(group)
+    plan = plan_halo(partition, before, after, rank=rank, edge=_rules[edge])
+    out: Tensor = ops.exchange(x, dim, plan.key, group, label, adjoint)
+    return out
+
+
+def _rank(group: str) -> int:
+    pg: ProcessGroup | None = group_by_name(group) if group else None
+    return dist.get_rank(pg) if pg is not None else 0
+
+
+@_halo_op.register_fake
+def _(
+    x: Tensor, sizes: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, adjoint: bool
+) -> Tensor:
+    more = before + after
+    return empty_rows(x, dim, x.shape[dim] + (-more if adjoint else more))
+
+
+def _halo_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, sizes, *args, ctx.adjoint = inputs
+    ctx.save_for_backward(sizes)
+    ctx.args = args
+
+
+def _halo_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    before, after, dim, edge, group, label = ctx.args
+    if ctx.adjoint:  # a constant beyond the edge is no part of the derivative
+        edge = _name(_rules[edge].linear)
+    return _halo_op(grad, *ctx.saved_tensors, before, after, dim, edge, group, label, not ctx.adjoint), *[None] * 8
+
+
+_halo_op.register_autograd(_halo_backward, setup_context=_halo_setup)

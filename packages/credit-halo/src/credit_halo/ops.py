@@ -1,0 +1,210 @@
+"""The exchange as operators of torch: traced by torch.compile as they are, and each the other's gradient.
+
+``exchange`` is a linear map F (plus a constant, where the edge rule has one); with ``adjoint`` set it is F'. So the
+gradient of either is the other, and can be differentiated again. Cut in two, F = L + R C S: S packs messages, C carries
+them, R places what arrived and L copies a rank's own rows. ``post`` is C S, ``collect`` is R, and ``keep`` is L; with
+``adjoint`` set, ``post`` is C' R', ``collect`` is S' and ``keep`` is L'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from credit_halo._torch_private import group_by_name
+from credit_halo.agreement import agree, remember
+from credit_halo.faults import ExchangeError
+from credit_halo.plan import ExchangePlan, plans
+from credit_halo.rows import (
+    add_returned,
+    collect_local,
+    empty_rows,
+    memory_format,
+    place_local,
+    place_received,
+)
+from credit_halo.transport import InFlight, directions, start
+
+
+def describe(x: Tensor, dim: int, plan: ExchangePlan, label: str) -> str:
+    """What a rank is about to exchange, in words that are the same on every rank that does the same."""
+    shape = ["rows" if d == dim else str(x.shape[d]) for d in range(x.ndim)]
+    return (
+        f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), {plan.partition}, edge "
+        f"{plan.edge.kind}, exchange {label!r}, plan {plan.digest}"
+    )
+
+
+def agree_on(x: Tensor, dim: int, plan: ExchangePlan, group: ProcessGroup, label: str) -> None:
+    """Make sure that all ranks of the group exchange the same; costs a look into a set after the first time."""
+    others = tuple(size for d, size in enumerate(x.shape) if d != dim)
+    key = (plan.digest, dim, x.dtype, others, label)
+    agree(group, key, f"exchange {label!r}", lambda: describe(x, dim, plan, label), x.device)
+    remember(group, plan.digest)
+
+
+def _group(name: str) -> ProcessGroup | None:
+    return group_by_name(name) if name else None
+
+
+def _rows_out(plan: str, adjoint: bool) -> int:
+    return plans[plan].in_rows if adjoint else plans[plan].out_rows
+
+
+def _linear(ctx: Any) -> str:
+    """The plan to differentiate with: a constant beyond the edge is no part of the derivative."""
+    return plans[ctx.plan].linear.key
+
+
+# The whole exchange
+
+
+@torch.library.custom_op("credit_halo::exchange", mutates_args=())
+def exchange(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+    """Exchange rows, and wait for them."""
+    the_plan, the_group = plans[plan], _group(group)
+    if the_group is not None and not adjoint:
+        agree_on(x, dim, the_plan, the_group, label)
+    flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint)
+    if adjoint:
+        out = collect_local(x, dim, the_plan)
+    else:
+        out = empty_rows(x, dim, the_plan.out_rows)
+        place_local(x, out, dim, the_plan)
+    _place(flight, flight.wait(), out, dim)
+    return out
+
+
+def _place(flight: InFlight, received: list[Tensor], out: Tensor, dim: int) -> None:
+    _, incoming = directions(flight.plan, flight.adjoint)
+    for message, rows in zip(incoming, received, strict=True):
+        if flight.adjoint:
+            add_returned(message, rows, out, dim)
+        else:
+            place_received(message, rows, out, dim, flight.plan)
+
+
+@exchange.register_fake
+def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+    return empty_rows(x, dim, _rows_out(plan, adjoint))
+
+
+def _exchange_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint = inputs
+
+
+def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    home = exchange(grad, ctx.dim, _linear(ctx), ctx.group, ctx.label, not ctx.adjoint)
+    return home, None, None, None, None, None
+
+
+exchange.register_autograd(_exchange_backward, setup_context=_exchange_setup)
+
+
+# The exchange in two halves
+
+_in_flight: dict[int, InFlight] = {}
+"""Exchanges that were posted, by the address of their buffer, which they keep alive."""
+
+
+@torch.library.custom_op("credit_halo::post", mutates_args=())
+def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+    """Start an exchange; the tensor that it returns holds nothing yet, and stands for it."""
+    the_plan, the_group = plans[plan], _group(group)
+    if the_group is not None and not adjoint:
+        agree_on(x, dim, the_plan, the_group, label)
+    flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint, own_memory=True)
+    _in_flight[flight.buffer.data_ptr()] = flight
+    return flight.buffer
+
+
+@post.register_fake
+def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+    size = 1
+    for d in range(x.ndim):
+        size *= x.shape[d] if d != dim else 1
+    most = max(plans[plan].sent_rows, plans[plan].received_rows)
+    count = torch.sym_max(1, most * size)  # type: ignore[no-untyped-call]
+    return x.new_empty([count])
+
+
+@torch.library.custom_op("credit_halo::collect", mutates_args=())
+def collect(
+    posted: Tensor, shape: Sequence[int], dim: int, plan: str, group: str, label: str, adjoint: bool, last: bool
+) -> Tensor:
+    """Wait for a posted exchange; what it brought, in place, and zeros elsewhere."""
+    flight = _in_flight.pop(posted.data_ptr(), None)
+    if flight is None:
+        raise ExchangeError(f"exchange {label!r} was waited for twice, or was never posted")
+    received = flight.wait()
+    out = _collected(posted, shape, dim, plan, adjoint, last).zero_()
+    _place(flight, received, out, dim)
+    return out
+
+
+def _collected(posted: Tensor, shape: Sequence[int], dim: int, plan: str, adjoint: bool, last: bool) -> Tensor:
+    sizes = list(shape)
+    sizes[dim] = _rows_out(plan, adjoint)
+    channels_last = (torch.channels_last, torch.channels_last_3d)[len(sizes) - 4] if last else torch.contiguous_format
+    return torch.empty(sizes, dtype=posted.dtype, device=posted.device, memory_format=channels_last)
+
+
+@collect.register_fake
+def _(
+    posted: Tensor, shape: Sequence[int], dim: int, plan: str, group: str, label: str, adjoint: bool, last: bool
+) -> Tensor:
+    return _collected(posted, shape, dim, plan, adjoint, last)
+
+
+def _post_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint = inputs
+    ctx.shape = list(x.shape)
+    ctx.last = memory_format(x) != torch.contiguous_format
+
+
+def _post_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    home = collect(grad, ctx.shape, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, ctx.last)
+    return home, None, None, None, None, None
+
+
+def _collect_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
+
+
+def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return post(grad, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint), *[None] * 7
+
+
+post.register_autograd(_post_backward, setup_context=_post_setup)
+collect.register_autograd(_collect_backward, setup_context=_collect_setup)
+
+
+@torch.library.custom_op("credit_halo::keep", mutates_args=())
+def keep(x: Tensor, dim: int, plan: str, adjoint: bool) -> Tensor:
+    """What a rank takes from its own rows and from the edge rule's constant; zeros where others' rows go."""
+    the_plan = plans[plan]
+    if adjoint:
+        return collect_local(x, dim, the_plan)
+    out = empty_rows(x, dim, the_plan.out_rows).zero_()
+    place_local(x, out, dim, the_plan)
+    return out
+
+
+@keep.register_fake
+def _(x: Tensor, dim: int, plan: str, adjoint: bool) -> Tensor:
+    return empty_rows(x, dim, _rows_out(plan, adjoint))
+
+
+def _keep_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.dim, ctx.plan, ctx.adjoint = inputs
+
+
+def _keep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return keep(grad, ctx.dim, _linear(ctx), not ctx.adjoint), None, None, None
+
+
+keep.register_autograd(_keep_backward, setup_context=_keep_setup)

@@ -1,0 +1,20 @@
+"""Run a function on many ranks of this machine, in tests.
+
+Two kinds of ranks, one interface:
+
+- :func:`run_threads`: ranks are threads of this process. Sixteen of them take a tenth of a second, so this is for
+  breadth. They share the interpreter, and one CPU random generator: seed inside a rank and draw under
+  :func:`torch.random.fork_rng`, or better draw before.
+- :func:`run_processes`: ranks are processes on gloo, as in training. About a second for the first call, a few tenths
+  of one after that, so this is for truth.
+
+Both return what each rank returned, by rank, and raise :class:`RankError` with the traceback of each rank that failed.
+Neither needs torchrun, a network or a free port.
+"""
+
+from credit_halo.testing._errors import RankError
+from credit_halo.testing._processes import run_processes
+from credit_halo.testing._threads import run_threads
+from credit_halo.testing._transpose import dot_test, matrix_of
+
+__all__ = ["RankError", "dot_test", "matrix_of", "run_processes", "run_threads"]
