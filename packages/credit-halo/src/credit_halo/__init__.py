@@ -5,6 +5,7 @@ Any rank can ask for any rows of a tensor whose rows are sharded over ranks, and
 """
 
 from credit_halo._version import __version__
+from credit_halo.collectives import all_mean, all_sum, broadcast, gather_rows, scatter_rows
 from credit_halo.edges import EdgeRule, constant, pole_crossing
 from credit_halo.exchange import PendingRows, exchange_rows, post_rows, repartition_rows, take_rows
 from credit_halo.faults import ExchangeError
@@ -19,13 +20,18 @@ __all__ = [
     "Need",
     "PendingRows",
     "__version__",
+    "all_mean",
+    "all_sum",
+    "broadcast",
     "constant",
     "exchange_rows",
+    "gather_rows",
     "plan_halo",
     "plan_repartition",
     "plan_rows",
     "pole_crossing",
     "post_rows",
     "repartition_rows",
+    "scatter_rows",
     "take_rows",
 ]

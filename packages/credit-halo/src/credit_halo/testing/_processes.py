@@ -40,7 +40,7 @@ def run_processes(
         RankError: If a rank raised, died, or took longer than ``timeout``.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "credit_halo"])
+    context.set_forkserver_preload(["torch.distributed", "credit_halo.testing"])
     with tempfile.TemporaryDirectory(prefix="credit-halo-ranks-") as folder:
         readers: dict[Connection, int] = {}
         processes = []
@@ -83,10 +83,11 @@ def _outcomes(readers: dict[Connection, int], deadline: float) -> dict[int, Outc
     outcomes: dict[int, Outcome] = {}
     waiting = dict(readers)
     while waiting and (left := deadline - time.monotonic()) > 0:
-        for reader in wait(list(waiting), left):
-            rank = waiting.pop(reader)  # type: ignore[arg-type]
+        ready = wait(list(waiting), left)
+        for reader in [reader for reader in waiting if reader in ready]:
+            rank = waiting.pop(reader)
             try:
-                outcomes[rank] = pickle.loads(reader.recv_bytes())  # type: ignore[union-attr]
+                outcomes[rank] = pickle.loads(reader.recv_bytes())
             except EOFError:
                 outcomes[rank] = (False, None, None)
     return outcomes

@@ -6,6 +6,7 @@ no send and receive. Those are added here; nothing outside of tests may use this
 
 from __future__ import annotations
 
+# mypy: disable-error-code="attr-defined, no-untyped-call"
 import threading
 import time
 import traceback

@@ -1,0 +1,255 @@
+"""Differentiable collectives.
+
+One convention for all of them: the inner product of two values is the sum, over the ranks, of their inner products
+there. A value that is the same on every rank counts once for each rank. The loss that is differentiated is then the sum
+of the ranks' losses, of which each rank holds its share, and every collective here is followed by its exact adjoint:
+
+=============  ==============================  =============================================
+function       forward, on rank r              backward, on rank r
+=============  ==============================  =============================================
+all_sum        y_r = sum over q of x_q         sum over q of the gradients g_q
+all_mean       y_r = mean over q of x_q        mean over q of the gradients g_q
+broadcast      y_r = x_src                     sum over q of g_q on src, zeros elsewhere
+gather_rows    y_r = the rows of all ranks     sum over q of g_q, this rank's rows of it
+scatter_rows   y_r = this rank's rows of src   the gradient of all rows on src, none elsewhere
+=============  ==============================  =============================================
+
+Where every rank computes the *same* loss from a replicated value, and it is meant to count once, divide it by the number
+of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from credit_halo._torch_private import group_by_name
+from credit_halo.agreement import agree
+from credit_halo.exchange import exchange_rows
+from credit_halo.faults import break_group, refuse_broken
+from credit_halo.plan import plan_rows
+from credit_mesh import RowPartition
+
+
+def all_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum of ``x`` over the ranks, on every rank.
+
+    Args:
+        x: A tensor of the same shape and dtype on every rank.
+        group: The ranks that take part; None means the whole world, or nobody else where torch.distributed is not
+            initialised.
+
+    Raises:
+        ValueError: On all ranks alike, if shapes or dtypes differ (compared the first time that each is used).
+        ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+    Collectives:
+        One sum forward, one backward.
+    """
+    out: Tensor = _sum(x, _name(group))
+    return out
+
+
+def all_mean(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Mean of ``x`` over the ranks, on every rank; each rank counts the same, however many rows it holds.
+
+    Args:
+        x: A floating-point or complex tensor of the same shape and dtype on every rank.
+        group: The ranks that take part; see :func:`all_sum`.
+
+    Raises:
+        ValueError: If the dtype has no mean, or as :func:`all_sum`.
+        ExchangeError: As :func:`all_sum`.
+
+    Collectives:
+        One sum forward, one backward.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(
+            f"all_mean needs a floating-point or complex tensor; got {x.dtype}: convert it, or use all_sum"
+        )
+    return all_sum(x, group) / (dist.get_world_size(group) if dist.is_initialized() else 1)
+
+
+def broadcast(x: Tensor, src: int = 0, group: ProcessGroup | None = None) -> Tensor:
+    """The value of rank ``src`` on every rank.
+
+    Args:
+        x: A tensor of the same shape and dtype on every rank; its values matter on ``src`` alone.
+        src: Rank within the group.
+        group: The ranks that take part; see :func:`all_sum`.
+
+    Raises:
+        ValueError: If ``src`` is no rank of the group, or as :func:`all_sum`.
+        ExchangeError: As :func:`all_sum`.
+
+    Collectives:
+        One broadcast forward, one sum backward.
+    """
+    out: Tensor = _broadcast(x, _checked_src(src, group), _name(group))
+    return out
+
+
+def gather_rows(
+    x: Tensor, partition: RowPartition, *, dim: int = -2, group: ProcessGroup | None = None, dst: int | None = None
+) -> Tensor:
+    """The rows of all ranks, in order, on every rank or on one.
+
+    Args:
+        x: This rank's rows.
+        partition: Who owns which rows.
+        dim: The sharded dim.
+        group: The ranks that take part; see :func:`all_sum`.
+        dst: Gather on this rank of the group alone; the others get a tensor without rows.
+
+    Raises:
+        ValueError: If ``dst`` is no rank of the group, or as :func:`exchange_rows`.
+        ExchangeError: As :func:`exchange_rows`.
+
+    Collectives:
+        Those of :func:`exchange_rows`: each rank's rows to each rank that gathers.
+    """
+    if dst is not None:
+        _checked_src(dst, group, "dst")
+    needs = [range(partition.rows if dst in (None, rank) else 0) for rank in range(partition.ranks)]
+    plan = plan_rows(partition, needs, rank=_rank(group))
+    return exchange_rows(x, plan, dim=dim, group=group, label="gather_rows")
+
+
+def scatter_rows(
+    x: Tensor, partition: RowPartition, *, src: int = 0, dim: int = -2, group: ProcessGroup | None = None
+) -> Tensor:
+    """Each rank's rows of the tensor on rank ``src``.
+
+    Args:
+        x: On ``src`` the whole tensor. On other ranks one of the same dtype and other dims, of which no row is read;
+            ``x.new_empty(...)`` with 0 rows will do.
+        partition: Who is to own which rows.
+        src: Rank within the group.
+        dim: The sharded dim.
+        group: The ranks that take part; see :func:`all_sum`.
+
+    Raises:
+        ValueError: If ``src`` is no rank of the group, or as :func:`exchange_rows`.
+        ExchangeError: As :func:`exchange_rows`.
+
+    Collectives:
+        One message from ``src`` to each other rank that owns rows.
+    """
+    src, rank = _checked_src(src, group), _rank(group)
+    whole = RowPartition(tuple(partition.rows * (r == src) for r in range(partition.ranks)), allow_empty=True)
+    needs = [partition.interval(r) for r in range(partition.ranks)]
+    plan = plan_rows(whole, needs, rank=rank)
+    if rank != src and -x.ndim <= dim < x.ndim:
+        x = x.narrow(dim, 0, 0)
+    return exchange_rows(x, plan, dim=dim, group=group, label="scatter_rows")
+
+
+# The operators
+
+
+@torch.library.custom_op("credit_halo::sum", mutates_args=())
+def _sum(x: Tensor, group: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    if group:
+        pg = _ready(out, group, "all_sum")
+        _run("all_sum", pg, lambda: dist.all_reduce(out, group=pg))
+    return out
+
+
+@_sum.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("credit_halo::broadcast", mutates_args=())
+def _broadcast(x: Tensor, src: int, group: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    if group:
+        pg = _ready(out, group, f"broadcast from rank {src}")
+        _run("broadcast", pg, lambda: dist.broadcast(out, dist.get_global_rank(pg, src), group=pg))
+    return out
+
+
+@torch.library.custom_op("credit_halo::sum_to", mutates_args=())
+def _sum_to(x: Tensor, src: int, group: str) -> Tensor:
+    """Adjoint of a broadcast: the sum on one rank, zeros on the others."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    if group:
+        pg = group_by_name(group)
+        _run("broadcast (backward)", pg, lambda: dist.all_reduce(out, group=pg))
+        if dist.get_rank(pg) != src:
+            out.zero_()
+    return out
+
+
+for _op in (_broadcast, _sum_to):
+
+    @_op.register_fake
+    def _(x: Tensor, src: int, group: str) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _sum(grad, ctx.group), None
+
+
+def _rooted_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.src, ctx.group = inputs
+
+
+def _broadcast_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _sum_to(grad, ctx.src, ctx.group), None, None
+
+
+def _sum_to_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _broadcast(grad, ctx.src, ctx.group), None, None
+
+
+_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+_broadcast.register_autograd(_broadcast_backward, setup_context=_rooted_setup)
+_sum_to.register_autograd(_sum_to_backward, setup_context=_rooted_setup)
+
+
+def _ready(x: Tensor, group: str, what: str) -> ProcessGroup:
+    """The group, once its ranks agree on what they are about to do."""
+    pg = group_by_name(group)
+    refuse_broken(pg, what)
+    said = f"{what} of {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    agree(pg, said, what.split(maxsplit=1)[0], lambda: said, x.device)
+    return pg
+
+
+def _run(what: str, group: ProcessGroup, collective: Any) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        message = f"{what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {error}"
+        raise break_group(group, message) from error
+
+
+def _name(group: ProcessGroup | None) -> str:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return ""
+    chosen = dist.group.WORLD if group is None else group
+    assert isinstance(chosen, ProcessGroup)
+    return chosen.group_name
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _checked_src(rank: int, group: ProcessGroup | None, name: str = "src") -> int:
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < size:
+        raise ValueError(f"{name} must be a rank of the group, 0..{size - 1}; got {rank!r}")
+    return rank
