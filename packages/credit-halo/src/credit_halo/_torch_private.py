@@ -12,4 +12,4 @@ def group_by_name(name: str) -> ProcessGroup:
     collectives turn it back with this function; there is no public one. It knows the groups of the calling thread
     where ranks run as threads, which a table of our own would not.
     """
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return, arg-type, unused-ignore]
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, no-any-return, arg-type, unused-ignore]

@@ -14,8 +14,8 @@ gather_rows    y_r = the rows of all ranks     sum over q of g_q, this rank's ro
 scatter_rows   y_r = this rank's rows of src   the gradient of all rows on src, none elsewhere
 =============  ==============================  =============================================
 
-Where every rank computes the *same* loss from a replicated value, and it is meant to count once, divide it by the number
-of ranks.
+Where every rank computes the *same* loss from a replicated value, and it is meant to count once, divide it by the
+number of ranks.
 """
 
 from __future__ import annotations

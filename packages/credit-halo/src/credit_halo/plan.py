@@ -94,7 +94,8 @@ class ExchangePlan:
     def is_identity(self) -> bool:
         """Whether this rank needs just its own rows and nobody else needs them."""
         own = Placement(range(self.in_rows), range(self.in_rows), False)
-        return not (self.sends or self.recvs or self.fills) and self.local in ((own,), ())
+        mine = self.local == (own,) or not (self.in_rows or self.out_rows)
+        return mine and not (self.sends or self.recvs or self.fills)
 
     @cached_property
     def linear(self) -> ExchangePlan:
