@@ -1,0 +1,66 @@
+"""torch.compile(fullgraph=True): the same numbers, forward and backward, without a graph break, on uneven rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from halo_reference import shard, whole_numbers
+
+from credit_halo import HaloExchange, all_sum, exchange_rows, plan_halo, post_rows, repartition_rows
+from credit_halo.testing import run_processes
+from credit_mesh import RowPartition, initialize_domain_parallel
+
+PARTITION = RowPartition((3, 1, 4))
+OTHER = RowPartition((2, 4, 2))
+
+
+def compiled(rank: int, backend: str, dynamic: bool | None) -> None:
+    manager = initialize_domain_parallel(3, 3)
+    manager.declare(PARTITION)
+    halo = HaloExchange(1, edge="replicate")
+    weight = whole_numbers((2, 2, 3, 3), seed=1) / 8
+    plan = plan_halo(PARTITION, 2, 1, rank=rank, edge="circular")
+    missing = plan_halo(PARTITION, 1, 1, rank=rank)
+
+    def with_layer(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(halo(x * 2), weight, padding=(0, 1)).sin()
+
+    def with_plan(x: torch.Tensor) -> torch.Tensor:
+        return exchange_rows(x * 2, plan).sin() * 3
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        pending = post_rows(x * 2, missing)
+        inner = x.sin().sum((2, 3), keepdim=True)
+        return pending.wait() * inner
+
+    def several(x: torch.Tensor) -> torch.Tensor:
+        moved = repartition_rows(x.cos(), PARTITION, OTHER)
+        mean = all_sum(moved.sum((2, 3), keepdim=True)) / 8
+        return halo(x) * mean + exchange_rows(x, missing, label="second")
+
+    for fn in (with_layer, with_plan, split, several):
+        for height in (4, 6):  # of another dim, so that something is dynamic where it may be
+            whole = whole_numbers((2, 2, 8, height)) / 8
+            results = []
+            for run in (fn, torch.compile(fn, fullgraph=True, backend=backend, dynamic=dynamic)):
+                for _ in range(2):
+                    x = shard(whole, PARTITION, rank).clone().requires_grad_()
+                    out = run(x)
+                    (out * out.detach().cos()).sum().backward()
+                results.append((out.detach(), x.grad))
+            for eager, traced in zip(*results, strict=True):
+                torch.testing.assert_close(traced, eager, rtol=1e-12, atol=1e-12)
+
+    # A new partition is noticed, also on ranks that hold as many rows as before.
+    run = torch.compile(with_layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    for partition in (PARTITION, RowPartition((3, 2, 3)), RowPartition((4, 1, 4)), PARTITION):
+        manager.declare(partition)
+        x = shard(whole_numbers((1, 2, partition.rows, 4)), partition, rank)
+        torch.testing.assert_close(run(x), with_layer(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)], ids=str
+)
+def test_compiled_equals_eager(backend: str, dynamic: bool | None) -> None:
+    run_processes(compiled, 3, backend, dynamic, timeout=240)

@@ -1,0 +1,113 @@
+"""The harness of ranks: users import it, so it must say what went wrong."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from halo_reference import padded_rows, shard, whole_numbers
+
+from credit_halo import exchange_rows, plan_halo
+from credit_halo.testing import RankError, run_processes, run_threads
+from credit_mesh import RowPartition
+
+RUNNERS = [run_threads, run_processes]
+
+
+def hello(rank: int, greeting: str) -> tuple[str, int, torch.Tensor]:
+    total = torch.tensor(rank)
+    dist.all_reduce(total)
+    return f"{greeting} {rank}", dist.get_world_size(), total
+
+
+def fail_on_one(rank: int) -> None:
+    if rank == 1:
+        raise ValueError("no more rows")
+
+
+def leave(rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+
+
+def sleep_on_one(rank: int) -> None:
+    if rank == 1:
+        time.sleep(60)
+
+
+def no_pickle(rank: int) -> object:
+    return lambda: rank
+
+
+def wait_for_a_message_that_never_comes(rank: int) -> None:
+    if rank == 0:
+        dist.recv(torch.ones(1), 1)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_results_come_back_by_rank(run) -> None:
+    results = run(hello, 3, "hello")
+    assert [(text, size, total.item()) for text, size, total in results] == [(f"hello {r}", 3, 3) for r in range(3)]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_a_failed_rank_is_named_with_its_traceback(run) -> None:
+    with pytest.raises(RankError, match="1 ranks failed\nrank 1:\n(.|\n)*no more rows") as info:
+        run(fail_on_one, 3)
+    assert list(info.value.failures) == [1]
+    assert isinstance(info.value.errors[1], ValueError)
+    assert run(hello, 2, "again")[1][0] == "again 1"
+
+
+def test_a_dead_process_and_a_late_one() -> None:
+    with pytest.raises(RankError, match="rank 1:\nended with exit code 3"):
+        run_processes(leave, 2)
+    started = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1:\ndid not finish in 5.0 s"):
+        run_processes(sleep_on_one, 2, timeout=5.0)
+    assert time.monotonic() - started < 20
+    with pytest.raises(RankError, match="returned what cannot be pickled"):
+        run_processes(no_pickle, 1)
+
+
+def test_a_thread_does_not_wait_forever() -> None:
+    with pytest.raises(RankError, match="timed out after 0.5 s"):
+        run_threads(wait_for_a_message_that_never_comes, 2, timeout=0.5)
+
+
+def test_a_thread_is_woken_when_the_one_it_waits_for_fails() -> None:
+    def rank_main(rank: int) -> None:
+        if rank == 1:
+            raise KeyError("gone")
+        dist.recv(torch.ones(1), 1)
+
+    started = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 failed: 'gone'"):
+        run_threads(rank_main, 2, timeout=30)
+    assert time.monotonic() - started < 10
+
+
+def test_threads_need_a_world_of_their_own(tmp_path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/world", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="makes a world of its own"):
+            run_threads(hello, 2, "hello")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_many_ranks_as_threads_on_one_gpu() -> None:
+    partition = RowPartition((3, 1, 4, 2))
+    whole = whole_numbers((2, 2, 10, 4)).cuda()
+
+    def rank_main(rank: int) -> torch.Tensor:
+        x = shard(whole, partition, rank).clone().requires_grad_()
+        out = exchange_rows(x, plan_halo(partition, 2, 2, rank=rank, edge="reflect"))
+        rows = list(range(partition.offsets[rank] - 2, partition.offsets[rank + 1] + 2))
+        assert torch.equal(out, padded_rows(whole, rows, "reflect"))
+        out.sum().backward()
+        return x.grad.sum()
+
+    assert sum(run_threads(rank_main, 4)).item() == 2 * 2 * 4 * (10 + 4 * 4)
