@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,6 +34,14 @@ def partitions(draw: st.DrawFn, least: int = 1, most: int = 6, empty: bool = Fal
     ranks = draw(st.integers(least, most))
     sizes = draw(st.lists(st.integers(0 if empty else 1, 5), min_size=ranks, max_size=ranks).filter(any))
     return RowPartition(tuple(sizes), allow_empty=True)
+
+
+@st.composite
+def other_partitions(draw: st.DrawFn, source: RowPartition) -> RowPartition:
+    """Another partition of the same rows over the same ranks."""
+    cut = st.integers(0, source.rows)
+    cuts = draw(st.lists(cut, min_size=source.ranks - 1, max_size=source.ranks - 1).map(sorted))
+    return RowPartition(tuple(b - a for a, b in pairwise([0, *cuts, source.rows])), allow_empty=True)
 
 
 def source_row(row: int, height: int, name: str) -> tuple[int | None, bool]:

@@ -88,7 +88,7 @@ def test_a_mean_of_uneven_shards_by_hand() -> None:
     loss = ((reference - reference.mean(0)) ** 3).sum() / 10
     loss.backward()
     for rank, (total, grad) in enumerate(run_threads(rank_main, 4)):
-        assert total == pytest.approx(float(loss))
+        assert total == pytest.approx(loss.item())
         torch.testing.assert_close(grad, shard(reference.grad, UNEVEN, rank, 0))
 
 

@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 from halo_reference import shard, whole_numbers
 
-from credit_halo import HaloExchange, all_sum, exchange_rows, plan_halo, post_rows, repartition_rows
+from credit_halo import (
+    HaloExchange,
+    all_sum,
+    broadcast,
+    exchange_rows,
+    gather_rows,
+    plan_halo,
+    post_rows,
+    repartition_rows,
+    take_rows,
+)
 from credit_halo.testing import run_processes
 from credit_mesh import RowPartition, initialize_domain_parallel
 
@@ -37,7 +47,13 @@ def compiled(rank: int, backend: str, dynamic: bool | None) -> None:
         mean = all_sum(moved.sum((2, 3), keepdim=True)) / 8
         return halo(x) * mean + exchange_rows(x, missing, label="second")
 
-    for fn in (with_layer, with_plan, split, several):
+    def lists(x: torch.Tensor) -> torch.Tensor:
+        residues = take_rows(x, [range(r, 8, 3) for r in range(3)], partition=PARTITION)
+        mirrored = take_rows(x.sin(), [[1, 0, 5], [], [7]], partition=PARTITION, label="mirrored")
+        whole = gather_rows(broadcast(x[:, :, :1], 1), RowPartition((1, 1, 1)))
+        return (residues.sum() + mirrored.sum()) * whole
+
+    for fn in (with_layer, with_plan, split, several, lists):
         for height in (4, 6):  # of another dim, so that something is dynamic where it may be
             whole = whole_numbers((2, 2, 8, height)) / 8
             results = []

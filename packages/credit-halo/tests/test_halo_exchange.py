@@ -73,7 +73,9 @@ def test_any_rows(data: st.DataObject, partition: RowPartition, name: str, split
 @settings(max_examples=25)
 @given(st.data(), partitions(empty=True))
 def test_repartition_and_back(data: st.DataObject, source: RowPartition) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, source.rows), min_size=source.ranks - 1, max_size=source.ranks - 1)))
+    cuts = sorted(
+        data.draw(st.lists(st.integers(0, source.rows), min_size=source.ranks - 1, max_size=source.ranks - 1))
+    )
     ends = [0, *cuts, source.rows]
     target = RowPartition(tuple(b - a for a, b in zip(ends, ends[1:], strict=False)), allow_empty=True)
     whole = whole_numbers((3, source.rows))
@@ -204,7 +206,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
         x.requires_grad_(dtype.is_floating_point or dtype.is_complex)
         for split in FUSED:
             out = run_exchange(x, plan, split)
-            expected = padded_rows(whole, list(range(UNEVEN.offsets[rank] - 2, UNEVEN.offsets[rank + 1] + 2)), "circular")
+            expected = padded_rows(
+                whole, list(range(UNEVEN.offsets[rank] - 2, UNEVEN.offsets[rank + 1] + 2)), "circular"
+            )
             assert out.dtype == dtype
             assert torch.equal(out, expected)
             if x.requires_grad:

@@ -45,7 +45,7 @@ def disagree(rank: int, what: str) -> str:
             x = torch.ones(1, 2, 5, 4)
         elif what == "dim":
             dim = 7
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(ValueError, match="exchange 'conv") as info:
         exchange_rows(x, plan, dim=dim, label=label)
     good(rank)  # nothing is left behind
     return str(info.value)
@@ -82,7 +82,7 @@ def test_halo_layers_that_disagree_get_the_same_error() -> None:
     def rank_main(rank: int) -> str:
         initialize_domain_parallel(3, 3)
         x = torch.ones(1, 2 if rank else 1, PARTITION.sizes[rank], 4)
-        with pytest.raises(ValueError) as info:
+        with pytest.raises(ValueError, match="exchange 'stem'") as info:
             HaloExchange(1, label="stem")(x)
         with pytest.raises(ValueError, match="exchange 'stem': on rank 2 dim=9 is out of range"):
             HaloExchange(1, 9 if rank == 2 else -2, label="stem")(x[:, :1])
@@ -209,8 +209,7 @@ def test_debug_is_seen_without_any_setup_of_logging() -> None:
     import sys
 
     code = (
-        "import torch; from credit_halo import HaloExchange;"
-        "[HaloExchange(1)(torch.ones(1, 1, 4, 2)) for _ in range(2)]"
+        "import torch; from credit_halo import HaloExchange;[HaloExchange(1)(torch.ones(1, 1, 4, 2)) for _ in range(2)]"
     )
     env = {**os.environ, "CREDIT_HALO_DEBUG": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -69,7 +69,9 @@ def test_one_rank_pads_its_edges(world: int) -> None:
         assert torch.equal(out, F.pad(whole, (0, 0, 2, 2)))
         out.sum().backward()
         assert torch.equal(x.grad, torch.ones_like(whole))
-        assert torch.equal(HaloExchange((1, 0), -1, edge="circular")(whole), F.pad(whole, (1, 0, 0, 0), mode="circular"))
+        assert torch.equal(
+            HaloExchange((1, 0), -1, edge="circular")(whole), F.pad(whole, (1, 0, 0, 0), mode="circular")
+        )
         assert torch.equal(_HaloExchangeFunction.apply(whole, 1, -2, None), F.pad(whole, (0, 0, 1, 1)))
 
     if world:

@@ -101,7 +101,9 @@ def test_ranges_with_a_step(data: st.DataObject, partition: RowPartition, step: 
 
 @given(st.data(), partitions(empty=True))
 def test_repartition_sends_only_rows_that_change_hands(data: st.DataObject, source: RowPartition) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, source.rows), min_size=source.ranks - 1, max_size=source.ranks - 1)))
+    cuts = sorted(
+        data.draw(st.lists(st.integers(0, source.rows), min_size=source.ranks - 1, max_size=source.ranks - 1))
+    )
     ends = [0, *cuts, source.rows]
     target = RowPartition(tuple(b - a for a, b in zip(ends, ends[1:], strict=False)), allow_empty=True)
     plans = [plan_repartition(source, target, rank=rank) for rank in range(source.ranks)]

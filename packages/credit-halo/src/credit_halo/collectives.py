@@ -29,9 +29,8 @@ from torch.distributed import ProcessGroup
 
 from credit_halo._torch_private import group_by_name
 from credit_halo.agreement import agree
-from credit_halo.exchange import exchange_rows
+from credit_halo.exchange import repartition_rows, take_rows
 from credit_halo.faults import break_group, refuse_broken
-from credit_halo.plan import plan_rows
 from credit_mesh import RowPartition
 
 
@@ -116,8 +115,7 @@ def gather_rows(
     if dst is not None:
         _checked_src(dst, group, "dst")
     needs = [range(partition.rows if dst in (None, rank) else 0) for rank in range(partition.ranks)]
-    plan = plan_rows(partition, needs, rank=_rank(group))
-    return exchange_rows(x, plan, dim=dim, group=group, label="gather_rows")
+    return take_rows(x, needs, partition=partition, dim=dim, group=group, label="gather_rows")
 
 
 def scatter_rows(
@@ -142,11 +140,9 @@ def scatter_rows(
     """
     src, rank = _checked_src(src, group), _rank(group)
     whole = RowPartition(tuple(partition.rows * (r == src) for r in range(partition.ranks)), allow_empty=True)
-    needs = [partition.interval(r) for r in range(partition.ranks)]
-    plan = plan_rows(whole, needs, rank=rank)
     if rank != src and -x.ndim <= dim < x.ndim:
         x = x.narrow(dim, 0, 0)
-    return exchange_rows(x, plan, dim=dim, group=group, label="scatter_rows")
+    return repartition_rows(x, whole, partition, dim=dim, group=group, label="scatter_rows")
 
 
 # The operators

@@ -13,7 +13,7 @@ from credit_halo import ops
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.edges import EdgeRule
 from credit_halo.faults import ExchangeError
-from credit_halo.plan import ExchangePlan, Need, plan_repartition, plan_rows
+from credit_halo.plan import ExchangePlan, Need, plan_rows, repartition_needs
 from credit_halo.rows import memory_format
 from credit_mesh import RowPartition
 
@@ -86,8 +86,20 @@ def take_rows(
     Collectives:
         Those of :func:`exchange_rows`.
     """
+    if torch.compiler.is_compiling():
+        # torch.compile cannot trace the making of a plan; it takes what it is called as a constant of its arguments.
+        needs = tuple(need if isinstance(need, range) else tuple(need) for need in rows)
+        key = _plan_key(partition.sizes, needs, _rank(group), edge)
+        name = _group_of(group).group_name if partition.ranks > 1 else ""
+        out: Tensor = ops.exchange(x, dim % x.ndim, key, name, label, False)
+        return out
     plan = plan_rows(partition, rows, rank=_rank(group), edge=edge)
     return exchange_rows(x, plan, dim=dim, group=group, label=label)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _plan_key(sizes: tuple[int, ...], needs: tuple[Need, ...], rank: int, edge: EdgeRule | str) -> str:
+    return plan_rows(RowPartition(sizes, allow_empty=True), needs, rank=rank, edge=edge).key
 
 
 def repartition_rows(
@@ -119,8 +131,8 @@ def repartition_rows(
     Collectives:
         Those of :func:`exchange_rows`.
     """
-    plan = plan_repartition(source, target, rank=_rank(group))
-    return exchange_rows(x, plan, dim=dim, group=group, label=label)
+    needs = repartition_needs(source, target)
+    return take_rows(x, needs, partition=source, dim=dim, group=group, label=label)
 
 
 class PendingRows:

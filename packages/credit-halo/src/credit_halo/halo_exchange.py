@@ -136,10 +136,10 @@ class _HaloExchangeFunction(torch.autograd.Function):
 
 
 def _widths(halo_width: int | tuple[int, int]) -> tuple[int, int]:
-    widths = (halo_width, halo_width) if isinstance(halo_width, int) else tuple(halo_width)
-    if len(widths) != 2 or any(isinstance(w, bool) or not isinstance(w, int) or w < 0 for w in widths):
+    pair = halo_width if isinstance(halo_width, (tuple, list)) else (halo_width, halo_width)
+    if len(pair) != 2 or any(isinstance(w, bool) or not isinstance(w, int) or w < 0 for w in pair):
         raise ValueError(f"halo_width must be an integer >= 0 or a pair of them (before, after); got {halo_width!r}")
-    return widths
+    return pair[0], pair[1]
 
 
 def _where(manager: Any) -> tuple[str, str]:

@@ -67,8 +67,11 @@ def _linear(ctx: Any) -> str:
 def exchange(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
     """Exchange rows, and wait for them."""
     the_plan, the_group = plans[plan], _group(group)
-    if the_group is not None and not adjoint:
-        agree_on(x, dim, the_plan, the_group, label)
+    if not adjoint:
+        if x.shape[dim] != the_plan.in_rows:  # compiled code has not looked yet
+            raise ValueError(f"exchange {label!r}: {x.shape[dim]} rows do not fit {the_plan}")
+        if the_group is not None:
+            agree_on(x, dim, the_plan, the_group, label)
     flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint)
     if adjoint:
         out = collect_local(x, dim, the_plan)
@@ -115,8 +118,11 @@ _in_flight: dict[int, InFlight] = {}
 def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
     """Start an exchange; the tensor that it returns holds nothing yet, and stands for it."""
     the_plan, the_group = plans[plan], _group(group)
-    if the_group is not None and not adjoint:
-        agree_on(x, dim, the_plan, the_group, label)
+    if not adjoint:
+        if x.shape[dim] != the_plan.in_rows:  # compiled code has not looked yet
+            raise ValueError(f"exchange {label!r}: {x.shape[dim]} rows do not fit {the_plan}")
+        if the_group is not None:
+            agree_on(x, dim, the_plan, the_group, label)
     flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint, own_memory=True)
     _in_flight[flight.buffer.data_ptr()] = flight
     return flight.buffer

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from credit_halo.edges import EdgeRule, Span
@@ -167,9 +168,18 @@ def plan_repartition(source: RowPartition, target: RowPartition, *, rank: int) -
     Raises:
         ValueError: If the partitions differ in their rows or their ranks.
     """
+    return plan_rows(source, repartition_needs(source, target), rank=rank)
+
+
+def repartition_needs(source: RowPartition, target: RowPartition) -> list[range]:
+    """What each rank needs of ``source`` to hold its rows of ``target``.
+
+    Raises:
+        ValueError: If the partitions differ in their rows or their ranks.
+    """
     if source.rows != target.rows or source.ranks != target.ranks:
         raise ValueError(f"cannot move rows from {source} to {target}: both must have the same rows and ranks")
-    return plan_rows(source, [target.interval(r) for r in range(target.ranks)], rank=rank)
+    return [range(*pair) for pair in pairwise(target.offsets)]
 
 
 @lru_cache(maxsize=4096)
