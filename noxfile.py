@@ -146,3 +146,10 @@ def docs(session: nox.Session) -> None:
     out = "docs/_build/html"
     session.run("sphinx-build", "-E", "-W", "--keep-going", "-n", "docs", out, *session.posargs)
     session.log(f"open {out}/index.html")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what the packages cost: the counts must be the least possible, the times are only shown."""
+    install(session, PACKAGES)
+    session.run("python", "-m", "benchmarks", *session.posargs, env=TEST_ENV)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
+import torch
 from torch.distributed import ProcessGroup, distributed_c10d
+
+logger = logging.getLogger(__name__)
 
 
 def group_by_name(name: str) -> ProcessGroup:
@@ -13,3 +19,77 @@ def group_by_name(name: str) -> ProcessGroup:
     where ranks run as threads, which a table of our own would not.
     """
     return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, no-any-return, arg-type, unused-ignore]
+
+
+
+_waiting: list[Any] = []
+
+
+def keep_order(op: Any) -> None:
+    """Have compiled code run an operator on every rank, in the order of the program relative to others named here.
+
+    Ranks hold different shapes. A compiler that drops an operator where its result is empty, or that weighs memory to
+    reorder operators which do not depend on each other, does not do the same on each rank, and then they wait for each
+    other for ever. torch calls what must be neither dropped nor reordered an effect.
+    """
+    if hasattr(op, "register_effect"):
+        from torch.library import EffectType
+
+        op.register_effect(EffectType.ORDERED)
+    else:  # before it was a method of operators
+        from torch._higher_order_ops import effects
+
+        effects._register_effectful_op(op._opoverload, effects._EffectType.ORDERED)
+    _waiting.append(op)
+
+
+_waiting: list[Any] = []
+
+
+def keep_order(op: Any) -> None:
+    """Have compiled code run an operator in the order of the program, relative to the others named here.
+
+    Ranks hold different shapes, and inductor, which is free to reorder operators that do not depend on each other,
+    weighs memory: it may choose another order on each rank, and then ranks wait for each other for ever. torch has a
+    name for what must keep its order (an effect), but inductor of torch 2.13 loses it.
+    """
+    _waiting.append(op)
+
+
+def prepare_inductor() -> None:
+    """Tell inductor about the order, once; does nothing outside of torch.compile, where nobody pays for the import."""
+    if not _waiting or torch._guards.TracingContext.try_get() is None:
+        return
+    try:
+        while _waiting:
+            _lower_in_order(_waiting.pop()._opoverload)
+    except (ImportError, AttributeError) as error:
+        logger.warning(
+            "the order of exchanges in code compiled by inductor cannot be kept with torch %s (%s): compile with "
+            "options={'reorder_for_peak_memory': False}",
+            *(torch.__version__, error),
+        )
+
+
+def _lower_in_order(op: Any) -> None:
+    """Make each exchange of a graph depend on the one before it, which inductor of torch 2.13 forgets, and run it."""
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._inductor.virtualized import V
+    from torch._library.utils import get_layout_constraint_tag
+
+    make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)), warn=False)
+    lower = lowerings[op]
+
+    def lower_after_the_last(*args: Any, **kwargs: Any) -> Any:
+        graph = V.graph
+        first = len(graph.operations)
+        result = lower(*args, **kwargs)
+        last = getattr(graph, "_credit_halo_last", None)
+        for operation in graph.operations[first:]:
+            operation.is_no_op = lambda: False  # a rank that receives no rows may have some to send
+            if last is not None:
+                graph.additional_buffer_deps[operation.get_operation_name()].add(last)
+        graph._credit_halo_last = graph.operations[-1].get_name()
+        return result
+
+    lowerings[op] = lower_after_the_last

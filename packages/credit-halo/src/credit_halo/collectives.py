@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo._torch_private import group_by_name
+from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.exchange import repartition_rows, take_rows
 from credit_halo.faults import break_group, refuse_broken
@@ -159,6 +159,7 @@ def _sum(x: Tensor, group: str) -> Tensor:
 
 @_sum.register_fake
 def _(x: Tensor, group: str) -> Tensor:
+    prepare_inductor()
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -187,6 +188,7 @@ for _op in (_broadcast, _sum_to):
 
     @_op.register_fake
     def _(x: Tensor, src: int, group: str) -> Tensor:
+        prepare_inductor()
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -213,6 +215,10 @@ def _sum_to_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _sum.register_autograd(_sum_backward, setup_context=_sum_setup)
 _broadcast.register_autograd(_broadcast_backward, setup_context=_rooted_setup)
 _sum_to.register_autograd(_sum_to_backward, setup_context=_rooted_setup)
+
+
+for _op in (_sum, _broadcast, _sum_to):
+    keep_order(_op)
 
 
 def _ready(x: Tensor, group: str, what: str) -> ProcessGroup:

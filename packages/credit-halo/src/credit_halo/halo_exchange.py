@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from credit_halo import ops
-from credit_halo._torch_private import group_by_name
+from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.edges import EdgeRule
 from credit_halo.plan import plan_halo
@@ -208,6 +208,7 @@ def _learn(x: Tensor, dim: int, group: str, label: str, layer: int, declared: st
 
 @_learn.register_fake
 def _(x: Tensor, dim: int, group: str, label: str, layer: int, declared: str) -> Tensor:
+    prepare_inductor()
     return torch.empty(dist.get_world_size(group_by_name(group)) if group else 1, dtype=torch.int64)
 
 
@@ -231,6 +232,7 @@ def _rank(group: str) -> int:
 def _(
     x: Tensor, sizes: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, adjoint: bool
 ) -> Tensor:
+    prepare_inductor()
     more = before + after
     return empty_rows(x, dim, x.shape[dim] + (-more if adjoint else more))
 
@@ -249,3 +251,6 @@ def _halo_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _halo_op.register_autograd(_halo_backward, setup_context=_halo_setup)
+
+for _op in (_learn, _halo_op):
+    keep_order(_op)

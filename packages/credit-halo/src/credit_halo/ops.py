@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo._torch_private import group_by_name
+from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree, remember
 from credit_halo.faults import ExchangeError
 from credit_halo.plan import ExchangePlan, plans
@@ -93,6 +93,7 @@ def _place(flight: InFlight, received: list[Tensor], out: Tensor, dim: int) -> N
 
 @exchange.register_fake
 def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+    prepare_inductor()
     return empty_rows(x, dim, _rows_out(plan, adjoint))
 
 
@@ -130,6 +131,7 @@ def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) 
 
 @post.register_fake
 def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+    prepare_inductor()
     size = 1
     for d in range(x.ndim):
         size *= x.shape[d] if d != dim else 1
@@ -163,6 +165,7 @@ def _collected(posted: Tensor, shape: Sequence[int], dim: int, plan: str, adjoin
 def _(
     posted: Tensor, shape: Sequence[int], dim: int, plan: str, group: str, label: str, adjoint: bool, last: bool
 ) -> Tensor:
+    prepare_inductor()
     return _collected(posted, shape, dim, plan, adjoint, last)
 
 
@@ -202,6 +205,7 @@ def keep(x: Tensor, dim: int, plan: str, adjoint: bool) -> Tensor:
 
 @keep.register_fake
 def _(x: Tensor, dim: int, plan: str, adjoint: bool) -> Tensor:
+    prepare_inductor()
     return empty_rows(x, dim, _rows_out(plan, adjoint))
 
 
@@ -214,3 +218,6 @@ def _keep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 keep.register_autograd(_keep_backward, setup_context=_keep_setup)
+
+for _op in (exchange, post, collect):
+    keep_order(_op)

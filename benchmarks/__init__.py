@@ -1,0 +1,1 @@
+"""What the packages cost; run by `nox -s bench`, one file for each benchmark."""
