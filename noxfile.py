@@ -151,5 +151,5 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure what the packages cost: the counts must be the least possible, the times are only shown."""
-    install(session, PACKAGES)
+    install(session, PACKAGES, "numpy")  # without it torch warns in every process
     session.run("python", "-m", "benchmarks", *session.posargs, env=TEST_ENV)

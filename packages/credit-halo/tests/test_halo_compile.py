@@ -49,7 +49,7 @@ def compiled(rank: int, backend: str, dynamic: bool | None) -> None:
 
     def lists(x: torch.Tensor) -> torch.Tensor:
         residues = take_rows(x, [range(r, 8, 3) for r in range(3)], partition=PARTITION)
-        mirrored = take_rows(x.sin(), [[1, 0, 5], [], [7]], partition=PARTITION, label="mirrored")
+        mirrored = take_rows(x.sin(), [[1, 0, 5], [2], [7]], partition=PARTITION, label="mirrored")
         whole = gather_rows(broadcast(x[:, :, :1], 1), RowPartition((1, 1, 1)))
         return (residues.sum() + mirrored.sum()) * whole
 

@@ -19,7 +19,7 @@ class Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan, mutant):
         ctx.plan, ctx.mutant = plan, mutant
-        return exchange(x, 2, plan.key, _world(), "mutant", False)
+        return exchange(x, 2, plan.key, _world(), "mutant", False, False)
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,5 +1,7 @@
 """The private names of torch that this package cannot do without, each with the reason."""
 
+# mypy: disable-error-code="attr-defined, no-untyped-call"
+
 from __future__ import annotations
 
 import logging
@@ -18,8 +20,7 @@ def group_by_name(name: str) -> ProcessGroup:
     collectives turn it back with this function; there is no public one. It knows the groups of the calling thread
     where ranks run as threads, which a table of our own would not.
     """
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, no-any-return, arg-type, unused-ignore]
-
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return, arg-type, unused-ignore]
 
 
 _waiting: list[Any] = []
@@ -28,9 +29,9 @@ _waiting: list[Any] = []
 def keep_order(op: Any) -> None:
     """Have compiled code run an operator on every rank, in the order of the program relative to others named here.
 
-    Ranks hold different shapes. A compiler that drops an operator where its result is empty, or that weighs memory to
-    reorder operators which do not depend on each other, does not do the same on each rank, and then they wait for each
-    other for ever. torch calls what must be neither dropped nor reordered an effect.
+    Ranks hold different shapes. A compiler that drops an operator where its result is not used, or that weighs memory
+    to reorder operators which do not depend on each other, does not do the same on each rank, and then they wait for
+    each other for ever. torch calls what must be neither dropped nor reordered an effect.
     """
     if hasattr(op, "register_effect"):
         from torch.library import EffectType
@@ -40,19 +41,6 @@ def keep_order(op: Any) -> None:
         from torch._higher_order_ops import effects
 
         effects._register_effectful_op(op._opoverload, effects._EffectType.ORDERED)
-    _waiting.append(op)
-
-
-_waiting: list[Any] = []
-
-
-def keep_order(op: Any) -> None:
-    """Have compiled code run an operator in the order of the program, relative to the others named here.
-
-    Ranks hold different shapes, and inductor, which is free to reorder operators that do not depend on each other,
-    weighs memory: it may choose another order on each rank, and then ranks wait for each other for ever. torch has a
-    name for what must keep its order (an effect), but inductor of torch 2.13 loses it.
-    """
     _waiting.append(op)
 
 
@@ -72,7 +60,7 @@ def prepare_inductor() -> None:
 
 
 def _lower_in_order(op: Any) -> None:
-    """Make each exchange of a graph depend on the one before it, which inductor of torch 2.13 forgets, and run it."""
+    """Make each exchange of a graph depend on the one before it, which inductor of torch 2.13 forgets."""
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
@@ -81,15 +69,20 @@ def _lower_in_order(op: Any) -> None:
     lower = lowerings[op]
 
     def lower_after_the_last(*args: Any, **kwargs: Any) -> Any:
-        graph = V.graph
+        graph: Any = V.graph
         first = len(graph.operations)
         result = lower(*args, **kwargs)
+        created: list[Any] = graph.operations[first:]
         last = getattr(graph, "_credit_halo_last", None)
-        for operation in graph.operations[first:]:
-            operation.is_no_op = lambda: False  # a rank that receives no rows may have some to send
+        for operation in created:
+            if operation.is_zero_elements():
+                raise ValueError(
+                    f"inductor leaves out {op}, whose result is empty on this rank though other ranks may wait for it: "
+                    "give every rank rows to receive, or keep this exchange out of the compiled code"
+                )
             if last is not None:
                 graph.additional_buffer_deps[operation.get_operation_name()].add(last)
-        graph._credit_halo_last = graph.operations[-1].get_name()
+        graph._credit_halo_last = created[-1].get_name()
         return result
 
     lowerings[op] = lower_after_the_last

@@ -31,6 +31,7 @@ from credit_halo._torch_private import group_by_name, keep_order, prepare_induct
 from credit_halo.agreement import agree
 from credit_halo.exchange import repartition_rows, take_rows
 from credit_halo.faults import break_group, refuse_broken
+from credit_halo.transport import as_bytes
 from credit_mesh import RowPartition
 
 
@@ -49,6 +50,8 @@ def all_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     Collectives:
         One sum forward, one backward.
     """
+    if x.dtype not in _SUMMABLE:
+        raise ValueError(f"all_sum of {x.dtype} is not offered by every backend: convert it first")
     out: Tensor = _sum(x, _name(group))
     return out
 
@@ -71,14 +74,15 @@ def all_mean(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         raise ValueError(
             f"all_mean needs a floating-point or complex tensor; got {x.dtype}: convert it, or use all_sum"
         )
-    return all_sum(x, group) / (dist.get_world_size(group) if dist.is_initialized() else 1)
+    return all_sum(x / (dist.get_world_size(group) if dist.is_initialized() else 1), group)  # no overflow on the way
 
 
 def broadcast(x: Tensor, src: int = 0, group: ProcessGroup | None = None) -> Tensor:
     """The value of rank ``src`` on every rank.
 
     Args:
-        x: A tensor of the same shape and dtype on every rank; its values matter on ``src`` alone.
+        x: A tensor of the same shape and dtype on every rank; its values matter on ``src`` alone. It must require a
+            gradient on every rank or on none, since every rank takes part in the backward.
         src: Rank within the group.
         group: The ranks that take part; see :func:`all_sum`.
 
@@ -125,7 +129,8 @@ def scatter_rows(
 
     Args:
         x: On ``src`` the whole tensor. On other ranks one of the same dtype and other dims, of which no row is read;
-            ``x.new_empty(...)`` with 0 rows will do.
+            ``x.new_empty(...)`` with 0 rows will do. It must require a gradient on every rank or on none, since every
+            rank takes part in the backward.
         partition: Who is to own which rows.
         src: Rank within the group.
         dim: The sharded dim.
@@ -145,6 +150,13 @@ def scatter_rows(
     return repartition_rows(x, whole, partition, dim=dim, group=group, label="scatter_rows")
 
 
+_SUMMABLE = frozenset(
+    (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+        *(torch.int64, torch.int32, torch.int8, torch.uint8),
+    )
+)
+
 # The operators
 
 
@@ -152,7 +164,7 @@ def scatter_rows(
 def _sum(x: Tensor, group: str) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
-        pg = _ready(out, group, "all_sum")
+        pg = _ready(x, group, "all_sum")
         _run("all_sum", pg, lambda: dist.all_reduce(out, group=pg))
     return out
 
@@ -167,8 +179,8 @@ def _(x: Tensor, group: str) -> Tensor:
 def _broadcast(x: Tensor, src: int, group: str) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
-        pg = _ready(out, group, f"broadcast from rank {src}")
-        _run("broadcast", pg, lambda: dist.broadcast(out, dist.get_global_rank(pg, src), group=pg))
+        pg = _ready(x, group, f"broadcast from rank {src}")
+        _run("broadcast", pg, lambda: dist.broadcast(as_bytes(out), dist.get_global_rank(pg, src), group=pg))
     return out
 
 
@@ -225,7 +237,8 @@ def _ready(x: Tensor, group: str, what: str) -> ProcessGroup:
     """The group, once its ranks agree on what they are about to do."""
     pg = group_by_name(group)
     refuse_broken(pg, what)
-    said = f"{what} of {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    gradient = " with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
+    said = f"{what} of {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}{gradient}"
     agree(pg, said, what.split(maxsplit=1)[0], lambda: said, x.device)
     return pg
 

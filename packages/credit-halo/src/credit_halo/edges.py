@@ -69,8 +69,12 @@ class EdgeRule:
         if isinstance(self.signs, Sequence):
             object.__setattr__(self, "signs", tuple(self.signs))
         signs = self.signs if isinstance(self.signs, tuple) else (self.signs,)
-        if not set(signs) <= {1, -1}:
+        if any(isinstance(sign, (bool, float)) for sign in signs) or not set(signs) <= {1, -1}:
             raise ValueError(f"signs must be 1 or -1, or a sequence of them; got {self.signs!r}")
+        whole = tuple(int(sign) for sign in signs)
+        object.__setattr__(self, "signs", whole if isinstance(self.signs, tuple) else whole[0])
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            raise ValueError(f"value must be a number; got {self.value!r}")
 
     @classmethod
     def of(cls, rule: EdgeRule | str) -> EdgeRule:
@@ -148,7 +152,7 @@ def pole_crossing(
     return EdgeRule(
         "pole",
         pole_is_row=pole_is_row,
-        signs=signs if isinstance(signs, int) else tuple(signs),
+        signs=tuple(signs) if isinstance(signs, Sequence) else signs,
         lon_dim=lon_dim,
         channel_dim=channel_dim,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_halo import ops
-from credit_halo.agreement import agree, has_agreed
 from credit_halo.edges import EdgeRule
 from credit_halo.faults import ExchangeError
 from credit_halo.plan import ExchangePlan, Need, plan_rows, repartition_needs
@@ -50,10 +50,8 @@ def exchange_rows(
     """
     dim, name = _checked(x, plan, dim, group, label)
     if not torch.compiler.is_compiling() and plan.is_identity:
-        if name:
-            ops.agree_on(x, dim, plan, _group_of(group), label)
         return x
-    out: Tensor = ops.exchange(x, dim, plan.key, name, label, False)
+    out: Tensor = ops.exchange(x, dim, plan.key, name, label, False, torch.compiler.is_compiling())
     return out
 
 
@@ -90,8 +88,9 @@ def take_rows(
         # torch.compile cannot trace the making of a plan; it takes what it is called as a constant of its arguments.
         needs = tuple(need if isinstance(need, range) else tuple(need) for need in rows)
         key = _plan_key(partition.sizes, needs, _rank(group), edge)
-        name = _group_of(group).group_name if partition.ranks > 1 else ""
-        out: Tensor = ops.exchange(x, dim % x.ndim, key, name, label, False)
+        many = dist.is_initialized() and dist.get_world_size(group) > 1
+        name = _group_of(group).group_name if many else ""
+        out: Tensor = ops.exchange(x, dim % x.ndim, key, name, label, False, True)
         return out
     plan = plan_rows(partition, rows, rank=_rank(group), edge=edge)
     return exchange_rows(x, plan, dim=dim, group=group, label=label)
@@ -142,7 +141,10 @@ class PendingRows:
         self._plan, self._dim, self._group, self._label = plan, dim, group, label
         self._shape, self._last = list(x.shape), memory_format(x) != torch.contiguous_format
         self._own = ops.keep(x, dim, plan.key, False) if plan.local or plan.fills else None
-        self._posted: Tensor | None = ops.post(x, dim, plan.key, group, label, False)
+        compiling = torch.compiler.is_compiling()
+        self._posted: Tensor | None = ops.post(x, dim, plan.key, group, label, False, compiling)
+        if not compiling:  # nobody waits where recomputation under checkpointing stops early
+            weakref.finalize(self, ops.discard, self._posted.detach())
 
     def wait(self) -> Tensor:
         """Wait for the rows; what :func:`exchange_rows` would have returned.
@@ -195,22 +197,22 @@ def post_rows(
 
 
 def _checked(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None, label: str) -> tuple[int, str]:
-    """Return dim counted from the first, and the name of the group; a mistake is raised on all ranks if possible."""
+    """Return dim counted from the first, and the name of the group; all ranks agree, or all raise."""
+    many = dist.is_initialized() and dist.get_world_size(group) > 1
+    name = _group_of(group).group_name if many else ""
+    if torch.compiler.is_compiling():  # the operator itself checks
+        return dim % x.ndim, name
     problem = _problem(x, plan, dim, group)
-    if problem is not None:
-        what = f"exchange {label!r}"
-        if dist.is_initialized() and plan.ranks > 1 and plan.ranks == dist.get_world_size(group):
-            pg = _group_of(group)
-            # The others stand at the first use of this plan and wait to agree on it, unless it was used before.
-            if not has_agreed(pg, plan.digest):
-                agree(pg, None, what, lambda: f"plan {plan.digest}", x.device, problem)
-        raise ValueError(f"{what}: on rank {plan.rank} {problem}")
-    name = _group_of(group).group_name if plan.ranks > 1 else ""
-    return dim % x.ndim, name
+    dim = dim % x.ndim if -x.ndim <= dim < x.ndim else dim
+    if many:
+        ops.agree_on(x, dim, plan, _group_of(group), label, problem)
+    elif problem is not None:
+        raise ValueError(f"exchange {label!r}: on rank {plan.rank} {problem}")
+    return dim, name
 
 
-def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None) -> str | None:
-    """What is wrong with a call, if anything is."""
+def misfit(x: Tensor, plan: ExchangePlan, dim: int) -> str | None:
+    """What of a tensor does not fit a plan, if anything does not."""
     if not -x.ndim <= dim < x.ndim:
         return f"dim={dim} is out of range for a tensor of shape {tuple(x.shape)}"
     if x.shape[dim] != plan.in_rows:
@@ -218,6 +220,8 @@ def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
             f"the tensor of shape {tuple(x.shape)} has {x.shape[dim]} rows in dim {dim}, where {plan.partition} says "
             f"{plan.in_rows}"
         )
+    if plan.edge.kind == "constant" and not _holds(x.dtype, plan.edge.value):
+        return f"the edge value {plan.edge.value} does not fit the dtype {x.dtype}"
     if plan.edge.kind == "pole":
         lon_dim, shape = plan.edge.lon_dim, tuple(x.shape)
         if not -x.ndim <= lon_dim < x.ndim or (lon_dim - dim) % x.ndim == 0:
@@ -225,16 +229,34 @@ def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
         if shape[lon_dim] % 2:
             return f"crossing a pole turns by half the longitudes: their number must be even, and is {shape[lon_dim]}"
         signs, channel_dim = plan.edge.signs, plan.edge.channel_dim
+        if signs not in (1, (1,)) and x.dtype in (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+            return f"signs of {signs} need a dtype with negative numbers; got {x.dtype}"
         fits = -x.ndim <= channel_dim < x.ndim and isinstance(signs, tuple) and shape[channel_dim] == len(signs)
+        fits = fits and (channel_dim - dim) % x.ndim != 0 and (channel_dim - lon_dim) % x.ndim != 0
         if isinstance(signs, tuple) and not fits:
             return f"{len(signs)} signs do not fit channel_dim={channel_dim} of a tensor of shape {shape}"
+    return None
+
+
+def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None) -> str | None:
+    """What is wrong with a call, if anything is."""
     size = dist.get_world_size(group) if dist.is_initialized() else 1
     if size != plan.ranks:
         hint = "" if dist.is_initialized() else "; torch.distributed is not initialised"
         return f"the plan is for {plan.ranks} ranks, the group has {size}{hint}"
     if plan.ranks > 1 and dist.get_rank(group) != plan.rank:
         return f"the plan is that of rank {plan.rank}; this is rank {dist.get_rank(group)} of the group"
-    return None
+    return misfit(x, plan, dim)
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether a dtype has a number."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    if dtype == torch.bool:
+        return value in (0, 1)
+    limits = torch.iinfo(dtype)
+    return float(value).is_integer() and limits.min <= value <= limits.max
 
 
 def _group_of(group: ProcessGroup | None) -> ProcessGroup:

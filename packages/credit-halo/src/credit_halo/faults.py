@@ -24,7 +24,7 @@ def break_group(group: ProcessGroup, message: str) -> ExchangeError:
     return ExchangeError(message)
 
 
-def refuse_broken(group: ProcessGroup, what: str) -> None:
+def refuse_broken(group: ProcessGroup, what: object) -> None:
     """Raise if an earlier exchange failed on this group."""
     if group in _broken:
         raise ExchangeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from credit_halo import ops
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.edges import EdgeRule
+from credit_halo.exchange import exchange_rows, misfit
+from credit_halo.plan import halo_width as width_of
 from credit_halo.plan import plan_halo
 from credit_halo.rows import empty_rows
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
@@ -56,9 +59,14 @@ class HaloExchange(nn.Module):
         self.edge = EdgeRule.of(edge)
         self.manager = manager
         self.label = label
-        self._before, self._after = _widths(halo_width)
+        _widths(halo_width)
         self._edge = _name(self.edge)
         self._layer = next(_layers)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._edge = _name(self.edge)  # known by name in this process too
+        self._layer = next(_layers)  # a copy learns for itself
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad ``x`` along ``dim``.
@@ -78,7 +86,20 @@ class HaloExchange(nn.Module):
             One message to and from each rank within reach, forward and backward; see above for the all-gather.
         """
         group, declared = _where(self.manager)
-        return _halo(x, self._before, self._after, self.dim, self._edge, group, self.label, self._layer, declared)
+        dim = _normal_dim(x, self.dim, group, self.label)
+        before, after = _widths(self.halo_width)
+        sizes = _learn(x, dim, group, self.label, self._layer, declared)
+        if torch.compiler.is_compiling():
+            out: Tensor = _halo_op(x, sizes, before, after, dim, self._edge, group, self.label, False, True)
+            return out
+        plan = plan_halo(_partition(sizes), before, after, rank=_rank(group), edge=self.edge)
+        if group:
+            return exchange_rows(x, plan, dim=dim, group=group_by_name(group), label=self.label)
+        problem = misfit(x, plan, dim)
+        if problem is not None:
+            raise ValueError(f"exchange {self.label!r}: {problem}")
+        alone: Tensor = ops.exchange(x, dim, plan.key, "", self.label, False, False)
+        return alone
 
     @staticmethod
     def trim(x: Tensor, halo_before: int, halo_after: int, dim: int = -2) -> Tensor:
@@ -125,21 +146,21 @@ class _HaloExchangeFunction(torch.autograd.Function):
         sizes = _learn(x, dim, group, "halo", -1, declared)
         ctx.save_for_backward(sizes)
         ctx.args = (before, after, dim, _name(EdgeRule()), group, "halo")
-        out: Tensor = _halo_op(x, sizes, *ctx.args, False)
+        out: Tensor = _halo_op(x, sizes, *ctx.args, False, True)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Send the gradient of each halo row home, and add it there."""
         (sizes,) = ctx.saved_tensors
-        return _halo_op(grad_outputs[0], sizes, *ctx.args, True), None, None, None
+        return _halo_op(grad_outputs[0], sizes, *ctx.args, True, False), None, None, None
 
 
 def _widths(halo_width: int | tuple[int, int]) -> tuple[int, int]:
     pair = halo_width if isinstance(halo_width, (tuple, list)) else (halo_width, halo_width)
-    if len(pair) != 2 or any(isinstance(w, bool) or not isinstance(w, int) or w < 0 for w in pair):
+    if len(pair) != 2:
         raise ValueError(f"halo_width must be an integer >= 0 or a pair of them (before, after); got {halo_width!r}")
-    return pair[0], pair[1]
+    return width_of("halo_width", pair[0]), width_of("halo_width", pair[1])
 
 
 def _where(manager: Any) -> tuple[str, str]:
@@ -148,17 +169,8 @@ def _where(manager: Any) -> tuple[str, str]:
         manager = get_domain_parallel_manager()
     if manager is None or manager.domain_parallel_size == 1:
         return "", ""
-    partition = manager.partition
+    partition = getattr(manager, "partition", None)  # a stand-in may have none
     return manager.domain_group.group_name, "" if partition is None else partition.key
-
-
-def _halo(
-    x: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, layer: int, declared: str
-) -> Tensor:
-    dim = _normal_dim(x, dim, group, label)
-    sizes = _learn(x, dim, group, label, layer, declared)
-    out: Tensor = _halo_op(x, sizes, before, after, dim, edge, group, label, False)
-    return out
 
 
 def _normal_dim(x: Tensor, dim: int, group: str, label: str) -> int:
@@ -170,9 +182,10 @@ def _normal_dim(x: Tensor, dim: int, group: str, label: str) -> int:
     raise ValueError(f"exchange {label!r}: {problem}")
 
 
+_LINEAR = " without its constant"
 _layers = itertools.count()
 _rules: dict[str, EdgeRule] = {}
-_learned: dict[tuple[Any, ...], Tensor] = {}
+_learned: WeakKeyDictionary[ProcessGroup, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 def _name(rule: EdgeRule) -> str:
@@ -192,9 +205,10 @@ def _learn(x: Tensor, dim: int, group: str, label: str, layer: int, declared: st
     if not group:
         return torch.tensor([rows])
     pg = group_by_name(group)
-    key = (pg, layer, declared, dim, rows)
-    if declared and layer >= 0 and key in _learned:
-        return _learned[key].clone()
+    key = (layer, declared, dim, rows)
+    known = _learned.setdefault(pg, {})
+    if key in known:
+        return known[key].clone()
     shape = ["rows" if d == dim else str(size) for d, size in enumerate(x.shape)]
     said = (
         f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), declared partition {declared or 'none'}"
@@ -202,7 +216,7 @@ def _learn(x: Tensor, dim: int, group: str, label: str, layer: int, declared: st
     gathered = agree(pg, None, f"exchange {label!r}", lambda: said, x.device, rows=rows)
     sizes = torch.tensor(gathered)
     if declared and layer >= 0:
-        _learned[key] = sizes.clone()
+        known[key] = sizes.clone()
     return sizes
 
 
@@ -214,13 +228,25 @@ def _(x: Tensor, dim: int, group: str, label: str, layer: int, declared: str) ->
 
 @torch.library.custom_op("credit_halo::halo", mutates_args=())
 def _halo_op(
-    x: Tensor, sizes: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, adjoint: bool
+    x: Tensor,
+    sizes: Tensor,
+    before: int,
+    after: int,
+    dim: int,
+    edge: str,
+    group: str,
+    label: str,
+    adjoint: bool,
+    ask: bool,
 ) -> Tensor:
-    partition = RowPartition(tuple(sizes.tolist()), allow_empty=True)
-    rank = _rank(group)
-    plan = plan_halo(partition, before, after, rank=rank, edge=_rules[edge])
-    out: Tensor = ops.exchange(x, dim, plan.key, group, label, adjoint)
+    plan = plan_halo(_partition(sizes), before, after, rank=_rank(group), edge=_rules[edge.removesuffix(_LINEAR)])
+    key = plan.linear.key if edge.endswith(_LINEAR) else plan.key
+    out: Tensor = ops.exchange(x, dim, key, group, label, adjoint, ask)
     return out
+
+
+def _partition(sizes: Tensor) -> RowPartition:
+    return RowPartition(tuple(sizes.tolist()), allow_empty=True)
 
 
 def _rank(group: str) -> int:
@@ -230,7 +256,16 @@ def _rank(group: str) -> int:
 
 @_halo_op.register_fake
 def _(
-    x: Tensor, sizes: Tensor, before: int, after: int, dim: int, edge: str, group: str, label: str, adjoint: bool
+    x: Tensor,
+    sizes: Tensor,
+    before: int,
+    after: int,
+    dim: int,
+    edge: str,
+    group: str,
+    label: str,
+    adjoint: bool,
+    ask: bool,
 ) -> Tensor:
     prepare_inductor()
     more = before + after
@@ -238,7 +273,7 @@ def _(
 
 
 def _halo_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, sizes, *args, ctx.adjoint = inputs
+    _, sizes, *args, ctx.adjoint, _ = inputs
     ctx.save_for_backward(sizes)
     ctx.args = args
 
@@ -246,8 +281,9 @@ def _halo_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _halo_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     before, after, dim, edge, group, label = ctx.args
     if ctx.adjoint:  # a constant beyond the edge is no part of the derivative
-        edge = _name(_rules[edge].linear)
-    return _halo_op(grad, *ctx.saved_tensors, before, after, dim, edge, group, label, not ctx.adjoint), *[None] * 8
+        edge = edge.removesuffix(_LINEAR) + _LINEAR
+    (sizes,) = ctx.saved_tensors
+    return _halo_op(grad, sizes, before, after, dim, edge, group, label, not ctx.adjoint, False), *[None] * 9
 
 
 _halo_op.register_autograd(_halo_backward, setup_context=_halo_setup)

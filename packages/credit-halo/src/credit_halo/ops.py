@@ -8,6 +8,7 @@ them, R places what arrived and L copies a rank's own rows. ``post`` is C S, ``c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
-from credit_halo.agreement import agree, remember
+from credit_halo.agreement import agree, has_agreed
 from credit_halo.faults import ExchangeError
 from credit_halo.plan import ExchangePlan, plans
 from credit_halo.rows import (
@@ -28,27 +29,50 @@ from credit_halo.rows import (
     place_received,
 )
 from credit_halo.transport import InFlight, directions, start
+from credit_mesh import RowPartition
+
+logger = logging.getLogger(__name__)
 
 
 def describe(x: Tensor, dim: int, plan: ExchangePlan, label: str) -> str:
     """What a rank is about to exchange, in words that are the same on every rank that does the same."""
     shape = ["rows" if d == dim else str(x.shape[d]) for d in range(x.ndim)]
+    gradient = "with" if x.requires_grad and torch.is_grad_enabled() else "without"
+    partition = RowPartition(plan.partition.sizes, allow_empty=True)  # its granularity says nothing about what moves
     return (
-        f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), {plan.partition}, edge "
+        f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}) {gradient} gradient, {partition}, edge "
         f"{plan.edge.kind}, exchange {label!r}, plan {plan.digest}"
     )
 
 
-def agree_on(x: Tensor, dim: int, plan: ExchangePlan, group: ProcessGroup, label: str) -> None:
-    """Make sure that all ranks of the group exchange the same; costs a look into a set after the first time."""
+def agree_on(
+    x: Tensor, dim: int, plan: ExchangePlan, group: ProcessGroup, label: str, problem: str | None = None
+) -> None:
+    """Make sure that all ranks of the group exchange the same; costs a look into a set after the first time.
+
+    Raises:
+        ValueError: On all ranks alike, if they do not, or any has a problem. A rank that has one after all agreed
+            raises alone, since the others do not ask again.
+    """
     others = tuple(size for d, size in enumerate(x.shape) if d != dim)
-    key = (plan.digest, dim, x.dtype, others, label)
-    agree(group, key, f"exchange {label!r}", lambda: describe(x, dim, plan, label), x.device)
-    remember(group, plan.digest)
+    key = (plan.digest, dim, x.dtype, others, label, x.requires_grad and torch.is_grad_enabled())
+    what = f"exchange {label!r}"
+    if problem is not None and has_agreed(group, key):
+        raise ValueError(f"{what}: on rank {plan.rank} {problem}")
+    agree(group, key, what, lambda: describe(x, dim, plan, label), x.device, problem)
 
 
-def _group(name: str) -> ProcessGroup | None:
-    return group_by_name(name) if name else None
+def _ready(x: Tensor, dim: int, plan: str, group: str, label: str, compiled: bool) -> tuple[ExchangePlan, Any]:
+    """The plan and the group of a name; compiled code checks here what other code has checked before."""
+    the_plan, the_group = plans[plan], group_by_name(group) if group else None
+    if compiled:
+        rows = x.shape[dim]
+        problem = None if rows == the_plan.in_rows else f"the tensor has {rows} rows, which do not fit {the_plan}"
+        if the_group is not None:
+            agree_on(x, dim, the_plan, the_group, label, problem)
+        elif problem is not None:
+            raise ValueError(f"exchange {label!r}: {problem}")
+    return the_plan, the_group
 
 
 def _rows_out(plan: str, adjoint: bool) -> int:
@@ -64,14 +88,9 @@ def _linear(ctx: Any) -> str:
 
 
 @torch.library.custom_op("credit_halo::exchange", mutates_args=())
-def exchange(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+def exchange(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
     """Exchange rows, and wait for them."""
-    the_plan, the_group = plans[plan], _group(group)
-    if not adjoint:
-        if x.shape[dim] != the_plan.in_rows:  # compiled code has not looked yet
-            raise ValueError(f"exchange {label!r}: {x.shape[dim]} rows do not fit {the_plan}")
-        if the_group is not None:
-            agree_on(x, dim, the_plan, the_group, label)
+    the_plan, the_group = _ready(x, dim, plan, group, label, compiled)
     flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint)
     if adjoint:
         out = collect_local(x, dim, the_plan)
@@ -92,18 +111,18 @@ def _place(flight: InFlight, received: list[Tensor], out: Tensor, dim: int) -> N
 
 
 @exchange.register_fake
-def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
     prepare_inductor()
     return empty_rows(x, dim, _rows_out(plan, adjoint))
 
 
 def _exchange_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint = inputs
+    _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
 
 
 def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    home = exchange(grad, ctx.dim, _linear(ctx), ctx.group, ctx.label, not ctx.adjoint)
-    return home, None, None, None, None, None
+    home = exchange(grad, ctx.dim, _linear(ctx), ctx.group, ctx.label, not ctx.adjoint, False)
+    return home, *[None] * 6
 
 
 exchange.register_autograd(_exchange_backward, setup_context=_exchange_setup)
@@ -116,21 +135,16 @@ _in_flight: dict[int, InFlight] = {}
 
 
 @torch.library.custom_op("credit_halo::post", mutates_args=())
-def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
     """Start an exchange; the tensor that it returns holds nothing yet, and stands for it."""
-    the_plan, the_group = plans[plan], _group(group)
-    if not adjoint:
-        if x.shape[dim] != the_plan.in_rows:  # compiled code has not looked yet
-            raise ValueError(f"exchange {label!r}: {x.shape[dim]} rows do not fit {the_plan}")
-        if the_group is not None:
-            agree_on(x, dim, the_plan, the_group, label)
+    the_plan, the_group = _ready(x, dim, plan, group, label, compiled)
     flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint, own_memory=True)
     _in_flight[flight.buffer.data_ptr()] = flight
     return flight.buffer
 
 
 @post.register_fake
-def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool) -> Tensor:
+def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
     prepare_inductor()
     size = 1
     for d in range(x.ndim):
@@ -169,15 +183,25 @@ def _(
     return _collected(posted, shape, dim, plan, adjoint, last)
 
 
+def discard(posted: Tensor) -> None:
+    """Let an exchange that nobody waits for come to its end, so that its rows are not taken for another's."""
+    flight = _in_flight.pop(posted.data_ptr(), None)
+    if flight is not None:
+        try:
+            flight.wait()
+        except ExchangeError as error:  # whoever exchanges next on this group is told
+            logger.warning("%s", error)
+
+
 def _post_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint = inputs
+    x, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
     ctx.shape = list(x.shape)
     ctx.last = memory_format(x) != torch.contiguous_format
 
 
 def _post_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     home = collect(grad, ctx.shape, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, ctx.last)
-    return home, None, None, None, None, None
+    return home, *[None] * 6
 
 
 def _collect_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -185,7 +209,7 @@ def _collect_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return post(grad, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint), *[None] * 7
+    return post(grad, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, False), *[None] * 7
 
 
 post.register_autograd(_post_backward, setup_context=_post_setup)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from credit_halo.edges import EdgeRule, Span
 from credit_mesh import RowPartition
@@ -57,6 +59,7 @@ class ExchangePlan:
         local: Where this rank's own rows land.
         fills: Positions that hold the constant of the edge rule.
         digest: Names the whole exchange; the same on every rank that planned the same.
+        variant: What was made of the plan, if anything; see :attr:`linear`.
         key: Names this rank's part of it.
     """
 
@@ -70,10 +73,15 @@ class ExchangePlan:
     local: tuple[Placement, ...]
     fills: Rows
     digest: str
+    variant: str = ""
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", f"{self.digest}/{self.rank}")
+        object.__setattr__(self, "key", f"{self.digest}/{self.rank}{self.variant}")
+        plans[self.key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         plans[self.key] = self
 
     @property
@@ -103,7 +111,7 @@ class ExchangePlan:
         """This plan without the constant that its edge rule may add."""
         if self.edge.linear == self.edge:
             return self
-        return replace(self, edge=self.edge.linear, digest=f"{self.digest}-linear")
+        return replace(self, edge=self.edge.linear, variant="/linear")
 
     def __repr__(self) -> str:
         to = ", ".join(f"{len(message.rows)} to {message.peer}" for message in self.sends) or "none"
@@ -141,9 +149,14 @@ def plan_rows(
         raise ValueError(f"needs must hold one entry for each of the {partition.ranks} ranks; got {len(needs)}")
     if not 0 <= rank < partition.ranks:
         raise ValueError(f"rank must be in 0..{partition.ranks - 1}; got {rank}")
-    return _plan(
-        partition, tuple(need if isinstance(need, range) else tuple(need) for need in needs), rank, EdgeRule.of(edge)
-    )
+    return _plan(partition, tuple(map(_canonical, needs)), rank, EdgeRule.of(edge))
+
+
+def _canonical(need: Need) -> range | tuple[int, ...]:
+    """One way to write a need, so that ranks which mean the same say the same."""
+    if not isinstance(need, range):
+        return tuple(operator.index(row) for row in need)
+    return range(need.start, need.start + len(need) * need.step, need.step) if len(need) else range(0)
 
 
 def plan_halo(
@@ -154,12 +167,29 @@ def plan_halo(
     Raises:
         ValueError: If a width is negative, or the edge rule does not reach that far.
     """
-    for name, width in (("before", before), ("after", after)):
-        if isinstance(width, bool) or not isinstance(width, int) or width < 0:
-            raise ValueError(f"the halo {name} must be an integer >= 0; got {width!r}")
-    offsets = partition.offsets
-    needs = [range(offsets[r] - before, offsets[r + 1] + after) for r in range(partition.ranks)]
+    before, after = halo_width("the halo before", before), halo_width("the halo after", after)
+    return _plan_halo(partition, before, after, rank, EdgeRule.of(edge))
+
+
+@lru_cache(maxsize=4096)
+def _plan_halo(partition: RowPartition, before: int, after: int, rank: int, edge: EdgeRule) -> ExchangePlan:
+    needs = [range(start - before, stop + after) for start, stop in pairwise(partition.offsets)]
     return plan_rows(partition, needs, rank=rank, edge=edge)
+
+
+def halo_width(name: str, width: object) -> int:
+    """A number of rows as an int.
+
+    Raises:
+        ValueError: If it is no integer (a boolean is none), or negative.
+    """
+    try:
+        number = -1 if isinstance(width, bool) else operator.index(width)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} must be an integer >= 0; got {width!r}")
+    return number
 
 
 def plan_repartition(source: RowPartition, target: RowPartition, *, rank: int) -> ExchangePlan:
@@ -187,6 +217,10 @@ def _plan(
     partition: RowPartition, needs: tuple[range | tuple[int, ...], ...], rank: int, edge: EdgeRule
 ) -> ExchangePlan:
     own = partition.interval(rank)
+    for need in needs:  # on every rank alike, so that all of them refuse what the edge rule cannot fill
+        inside = isinstance(need, range) and len(need) and min(need[0], need[-1]) >= 0
+        if not (inside and max(need[0], need[-1]) < partition.rows):
+            deque(_spans(need, partition.rows, edge), maxlen=0)
     # What each rank wants of my rows, and what I want of each rank's: (position, row, crossed), by position.
     wanted: dict[int, list[tuple[int, int, bool]]] = {}
     fills: list[int] = []

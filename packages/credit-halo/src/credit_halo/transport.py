@@ -27,7 +27,7 @@ class InFlight:
         buffer: The flat tensor that those are parts of.
     """
 
-    what: str
+    label: str
     plan: ExchangePlan
     group: ProcessGroup | None
     adjoint: bool
@@ -36,6 +36,9 @@ class InFlight:
     kept: list[Tensor]
     works: list[tuple[str, dist.Work]] = field(default_factory=list)
     started: float = 0.0
+
+    def __str__(self) -> str:
+        return f"exchange {self.label!r} ({'backward' if self.adjoint else 'forward'}, {self.plan.partition})"
 
     def wait(self) -> list[Tensor]:
         """Wait until all messages have arrived and left; returns what was received.
@@ -54,13 +57,13 @@ class InFlight:
             sent, received = directions(self.plan, self.adjoint)
             seconds = time.perf_counter() - self.started
             nbytes = sum(tensor.numel() * tensor.element_size() for tensor in self.kept)
-            debug.trace(self.what, self.plan.rank, self.plan.ranks, sent, received, nbytes, seconds)
+            debug.trace(str(self), self.plan.rank, self.plan.ranks, sent, received, nbytes, seconds)
         self.works, self.kept = [], []
         return self.received
 
     def _fail(self, whom: str, error: RuntimeError) -> None:
         assert self.group is not None
-        message = f"{self.what} failed on rank {self.plan.rank} of {self.plan.ranks} while waiting {whom}: {error}"
+        message = f"{self} failed on rank {self.plan.rank} of {self.plan.ranks} while waiting {whom}: {error}"
         raise break_group(self.group, message) from error
 
 
@@ -91,25 +94,24 @@ def start(
         own_memory: Copy also what could be sent from the memory of ``x``, which then may change at once.
     """
     outgoing, incoming = directions(plan, adjoint)
-    what = f"exchange {label!r} ({'backward' if adjoint else 'forward'}, {plan.partition})"
     others = [x.shape[d] for d in range(x.ndim) if d != dim]
     size = prod(others)
     counts = [len(message.rows) * size for message in incoming]
     # At least one element, since memory is what tells exchanges under way apart; room for either direction, since a
     # gradient must have the shape of what it is the gradient of.
     most = max(plan.sent_rows, plan.received_rows) * size
-    buffer = torch.empty(max(1, most), dtype=x.dtype, device=x.device)
+    buffer = torch.zeros(max(1, most), dtype=x.dtype, device=x.device)  # anomaly mode looks into it
     received, offset = [], 0
     for message, count in zip(incoming, counts, strict=True):
         shape = list(x.shape)
         shape[dim] = len(message.rows)
         received.append(buffer[offset : offset + count].view(shape))
         offset += count
-    flight = InFlight(what, plan, group, adjoint, buffer, received, [], started=time.perf_counter())
+    flight = InFlight(label, plan, group, adjoint, buffer, received, [], started=time.perf_counter())
     if not (incoming or outgoing) or size == 0:
         return flight
     assert group is not None
-    refuse_broken(group, what)
+    refuse_broken(group, flight)
     # Backends that look at tags then never match rows of one exchange to another's.
     tag = zlib.crc32(repr((plan.digest, label, adjoint, str(x.dtype), others)).encode()) & 0x7FFF
     ops, names = [], []
@@ -118,15 +120,16 @@ def start(
         if own_memory and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             rows = rows.clone()
         flight.kept.append(rows)
-        ops.append(dist.P2POp(dist.isend, _wire(rows), group=group, tag=tag, group_peer=message.peer))
+        ops.append(dist.P2POp(dist.isend, as_bytes(rows), group=group, tag=tag, group_peer=message.peer))
         names.append(f"to send to rank {message.peer}")
     for message, into in zip(incoming, received, strict=True):
-        ops.append(dist.P2POp(dist.irecv, _wire(into), group=group, tag=tag, group_peer=message.peer))
+        ops.append(dist.P2POp(dist.irecv, as_bytes(into), group=group, tag=tag, group_peer=message.peer))
         names.append(f"for rank {message.peer}")
     try:
         works = dist.batch_isend_irecv(ops)
     except RuntimeError as error:
-        raise break_group(group, f"{what} could not start on rank {plan.rank} of {plan.ranks}: {error}") from error
+        text = f"{flight} failed on rank {plan.rank} of {plan.ranks} before it could wait {', '.join(names)}: {error}"
+        raise break_group(group, text) from error
     if len(works) == len(names):
         flight.works = list(zip(names, works, strict=True))
         flight.works.sort(key=lambda named: named[0].startswith("to"))  # stalled peers show where one waits for them
@@ -135,6 +138,6 @@ def start(
     return flight
 
 
-def _wire(rows: Tensor) -> Tensor:
+def as_bytes(rows: Tensor) -> Tensor:
     """The memory of a contiguous tensor as bytes, which every backend carries, whatever the dtype."""
     return rows.reshape(-1).view(torch.uint8)

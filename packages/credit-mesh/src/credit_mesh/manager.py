@@ -40,8 +40,8 @@ class DomainParallelManager:
         ValueError: If torch.distributed is not initialised, its world has another size, or the sizes do not divide.
 
     Collectives:
-        Creates this rank's domain group and data-parallel group, and synchronises only with their members; every rank
-        of the world must construct its manager.
+        Creates every domain group and every data-parallel group of the world, so every rank of it must construct its
+        manager. In large worlds :meth:`from_mesh`, which creates none, is quicker.
     """
 
     _domain_group: ProcessGroup | None
@@ -65,10 +65,10 @@ class DomainParallelManager:
             )
         rank = dist.get_rank()
         self._setup(layout, layout.coords(rank), shard_dim)
-        # Every rank makes its groups in the same order and waits for their members alone, so that a world of
-        # thousands does not pass thousands of barriers.
-        self._domain_group = self._own_group(layout.group(rank, "domain"), timeout)
-        self._dp_group = self._own_group(layout.group(rank, "dp"), timeout)
+        # Every rank makes every group, in the same order: torch names a group after how many there were before, and
+        # ranks that count differently would wait for each other under different names.
+        self._domain_group = self._own_group_of(layout.groups("domain"), rank, timeout)
+        self._dp_group = self._own_group_of(layout.groups("dp"), rank, timeout)
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh, shard_dim: int = -2) -> DomainParallelManager:
@@ -122,14 +122,14 @@ class DomainParallelManager:
     def domain_group(self) -> ProcessGroup:
         """Process group of the ranks that share a sample's rows: halo exchange, reductions."""
         if self._domain_group is None:  # a mesh without this axis; never None, which torch would take for the world
-            self._domain_group = self._own_group([dist.get_rank()])
+            self._domain_group = self._alone()
         return self._domain_group
 
     @property
     def data_parallel_group(self) -> ProcessGroup:
         """Process group of the ranks with other samples and the same tp and domain coordinates: gradient averages."""
         if self._dp_group is None:
-            self._dp_group = self._own_group([dist.get_rank()])
+            self._dp_group = self._alone()
         return self._dp_group
 
     @property
@@ -247,8 +247,22 @@ class DomainParallelManager:
             f"shard_dim={self.shard_dim}, partition={self.partition})"
         )
 
-    def _own_group(self, ranks: Iterable[int], timeout: timedelta | None = None) -> ProcessGroup:
-        group: ProcessGroup = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    def __deepcopy__(self, memo: dict[int, object]) -> DomainParallelManager:
+        """Return the manager itself: a copied layer talks to the same ranks."""
+        return self
+
+    def _own_group_of(self, groups: Iterable[range], rank: int, timeout: timedelta | None) -> ProcessGroup | None:
+        mine = None
+        for ranks in groups:
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if rank in ranks:
+                mine = group
+                self._owned_groups.append(group)
+        return mine
+
+    def _alone(self) -> ProcessGroup:
+        """A group of this rank, which needs no other rank to be made."""
+        group: ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self._owned_groups.append(group)
         return group
 

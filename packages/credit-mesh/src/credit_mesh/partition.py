@@ -166,6 +166,8 @@ class RowPartition:
 
     def _with_boundaries(self, boundaries: list[int], rows: int, granularity: int) -> RowPartition:
         ends = [min(boundary, rows) for boundary in boundaries[:-1]] + [rows]
+        if any(end % granularity and end != rows for end in ends):
+            granularity = 1  # ranks at the end that held no rows before now take what is left over
         sizes = tuple(stop - start for start, stop in pairwise(ends))
         return RowPartition(sizes, granularity, allow_empty=True)
 

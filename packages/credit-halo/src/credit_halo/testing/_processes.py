@@ -87,10 +87,21 @@ def _outcomes(readers: dict[Connection, int], deadline: float) -> dict[int, Outc
         for reader in [reader for reader in waiting if reader in ready]:
             rank = waiting.pop(reader)
             try:
-                outcomes[rank] = pickle.loads(reader.recv_bytes())
+                ok, text, rest = pickle.loads(reader.recv_bytes())
+                outcomes[rank] = (ok, text, None)
+                outcomes[rank] = (ok, pickle.loads(rest), None) if ok else (ok, text, _error(rest))
             except EOFError:
                 outcomes[rank] = (False, None, None)
     return outcomes
+
+
+def _error(pickled: bytes) -> BaseException | None:
+    """The exception that a rank raised, if it is of a kind that can be put together again."""
+    try:
+        error = pickle.loads(pickled)
+    except Exception:
+        return None
+    return error if isinstance(error, BaseException) else None
 
 
 def _main(
@@ -109,12 +120,12 @@ def _main(
         outcome = (True, fn(rank, *args), None)
     except BaseException as error:
         outcome = (False, traceback.format_exc(), error)
+    ok, value, raised = outcome
     try:
-        message = pickle.dumps(outcome)
+        message = (ok, None if ok else value, pickle.dumps(value if ok else raised))
     except Exception as error:  # what was returned or raised does not travel; its text does
-        text = outcome[1] if not outcome[0] else f"returned what cannot be pickled: {error}"
-        message = pickle.dumps((False, text, None))
-    writer.send_bytes(message)
+        message = (False, f"returned what cannot be pickled: {error}" if ok else value, pickle.dumps(None))
+    writer.send_bytes(pickle.dumps(message))
     writer.close()
     if dist.is_initialized() and outcome[0]:
         dist.destroy_process_group()
