@@ -80,3 +80,17 @@ def compiled(rank: int, backend: str, dynamic: bool | None) -> None:
 )
 def test_compiled_equals_eager(backend: str, dynamic: bool | None) -> None:
     run_processes(compiled, 3, backend, dynamic, timeout=240)
+
+
+def empty_on_one_rank(rank: int) -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return take_rows(x, [[1], [], [0]], partition=PARTITION).sum()
+
+    if rank == 1:
+        with pytest.raises(Exception, match="whose result is empty on this rank"):
+            torch.compile(fn, fullgraph=True)(torch.ones(1, 1, PARTITION.sizes[rank], 2))
+
+
+@pytest.mark.slow
+def test_what_inductor_would_leave_out_is_refused() -> None:
+    run_processes(empty_on_one_rank, 3, timeout=120)

@@ -1,15 +1,31 @@
 """What goes wrong: the same error on all ranks before data moves, and no hang and no wrong number after."""
 
+import copy
+import gc
 import os
+import pickle
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from halo_reference import shard, whole_numbers
+from torch.utils.checkpoint import checkpoint
 
-from credit_halo import ExchangeError, HaloExchange, exchange_rows, plan_halo, post_rows
+from credit_halo import (
+    EdgeRule,
+    ExchangeError,
+    HaloExchange,
+    broadcast,
+    exchange_rows,
+    ops,
+    plan_halo,
+    plan_rows,
+    pole_crossing,
+    post_rows,
+)
 from credit_halo.testing import RankError, run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 
@@ -223,5 +239,94 @@ def test_a_group_that_did_not_fail_goes_on() -> None:
         x = torch.ones(1, 1, PARTITION.sizes[rank], 2)
         exchange_rows(x, plan, group=other)
         good(rank)
+
+    run_threads(rank_main, 3)
+
+
+def test_what_one_rank_would_refuse_alone_is_refused_by_all() -> None:
+    """Mistakes that only the ranks at an edge would trip over."""
+    whole = torch.ones(1, 2, 8, 4)
+
+    def rank_main(rank: int) -> None:
+        x = shard(whole, PARTITION, rank)
+        refused = [
+            (EdgeRule("constant", value=float("-inf")), x.long(), "edge value -inf does not fit the dtype torch.int64"),
+            (EdgeRule("constant", value=0.5), x.int(), "edge value 0.5 does not fit"),
+            (pole_crossing(signs=-1), x.bool(), "need a dtype with negative numbers; got torch.bool"),
+            (pole_crossing(signs=(1, -1, 1)), x, "3 signs do not fit channel_dim=1"),
+        ]
+        for edge, tensor, message in refused:
+            with pytest.raises(ValueError, match=message):
+                exchange_rows(tensor, plan_halo(PARTITION, 1, 1, rank=rank, edge=edge))
+            with pytest.raises(ValueError, match=message):
+                HaloExchange(1, edge=edge, manager=manager)(tensor)
+        with pytest.raises(ValueError, match="the group has 3"):
+            exchange_rows(x, plan_halo(PARTITION if rank != 1 else RowPartition((2, 2)), 1, 1, rank=rank))
+        with pytest.raises(ValueError, match="rank 0: .* with gradient, .* rank 1, 2: .* without gradient"):
+            exchange_rows(x.clone().requires_grad_(rank == 0), plan_halo(PARTITION, 1, 1, rank=rank))
+        with pytest.raises(ValueError, match="with gradient"):
+            broadcast(torch.ones(2, requires_grad=rank == 0))
+        good(rank)
+
+    manager = None
+    run_threads(lambda rank: (initialize_domain_parallel(3, 3), rank_main(rank)), 3, timeout=10)
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_need_that_cannot_be_filled_is_refused_by_ranks_without_rows_too(rank: int) -> None:
+    with pytest.raises(ValueError, match="'reflect' reaches 5 rows beyond a tensor of 6 rows; row -9 was needed"):
+        plan_rows(RowPartition((3, 0, 3), allow_empty=True), [[-9], [0], [1]], rank=rank, edge="reflect")
+
+
+def test_double_backward_asks_nobody() -> None:
+    """A rank whose plan is the identity has no node in the graph, and must not be waited for."""
+
+    def rank_main(rank: int) -> None:
+        partition = RowPartition((2, 2, 2))
+        needs = [range(-1, 3), range(1, 4), range(4, 6)]
+        plan = plan_rows(partition, needs, rank=rank, edge=EdgeRule("constant", value=2.0))
+        x = torch.ones(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+        out = exchange_rows(x, plan) ** 2
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (again,) = torch.autograd.grad((grad**2).sum(), x)
+        assert again.shape == x.shape
+
+    run_threads(rank_main, 3, timeout=10)
+
+
+def test_nothing_is_left_of_exchanges_that_recomputation_does_not_wait_for() -> None:
+    def rank_main(rank: int) -> None:
+        plan = plan_halo(PARTITION, 1, 1, rank=rank)
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            pending = post_rows(x, plan)
+            inner = x * x
+            return pending.wait()[:, :, 1:-1] + inner
+
+        for _ in range(3):
+            x = torch.ones(1, 1, PARTITION.sizes[rank], 2, requires_grad=True)
+            checkpoint(block, x, use_reentrant=False).sum().backward()
+            assert torch.equal(x.grad[:, :, :1], torch.full((1, 1, 1, 2), 3.0))
+        dist.barrier()
+
+    run_threads(rank_main, 3, timeout=10)
+    gc.collect()
+    assert not ops._in_flight
+
+
+def test_copies_and_pickles_of_a_layer_work() -> None:
+    halo = HaloExchange((1, 2), edge=pole_crossing(signs=-1))
+    x = torch.randn(1, 1, 5, 4)
+    for other in (copy.deepcopy(halo), pickle.loads(pickle.dumps(halo))):
+        assert torch.equal(other(x), halo(x))
+        assert other._layer != halo._layer
+    plan = pickle.loads(pickle.dumps(plan_halo(RowPartition((5,)), 1, 1, rank=0)))
+    assert exchange_rows(x, plan).shape == (1, 1, 7, 4)
+
+
+def test_a_manager_may_be_a_stand_in() -> None:
+    def rank_main(rank: int) -> None:
+        manager = SimpleNamespace(domain_parallel_size=3, domain_group=dist.group.WORLD, domain_rank=rank)
+        assert HaloExchange(1, manager=manager)(torch.ones(1, 1, 2, 2)).shape == (1, 1, 4, 2)
 
     run_threads(rank_main, 3)

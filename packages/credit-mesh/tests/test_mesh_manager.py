@@ -1,5 +1,6 @@
 """DomainParallelManager: its coordinates on imagined worlds, its groups in real processes."""
 
+import copy
 import multiprocessing
 import pickle
 import traceback
@@ -125,6 +126,11 @@ def test_the_declared_partition() -> None:
         assert manager.partition == RowPartition((192, 176, 176, 177))
 
 
+def test_a_copy_of_a_manager_is_the_manager() -> None:
+    with world(4, 1), DomainParallelManager(4, 2) as manager:
+        assert copy.deepcopy({"manager": manager})["manager"] is manager
+
+
 def test_manager_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"DomainParallelManager needs torch.distributed: call .*init_process_group"):
         DomainParallelManager(4, 2)
@@ -158,6 +164,7 @@ def _sums(manager: DomainParallelManager) -> tuple[int, int]:
 
 
 def _use_groups(rank: int) -> list[tuple[int, int]]:
+    dist.new_group([0, 1])  # which only its members count, should names of groups depend on that
     manager = initialize_domain_parallel(4, 2, tensor_parallel_size=2)
     results = [_sums(manager)]
     results.append(_sums(initialize_domain_parallel(4, 2)))  # again, with another layout

@@ -74,12 +74,12 @@ def _lower_in_order(op: Any) -> None:
         result = lower(*args, **kwargs)
         created: list[Any] = graph.operations[first:]
         last = getattr(graph, "_credit_halo_last", None)
+        if 0 in result.get_size():
+            raise ValueError(
+                f"inductor leaves out {op}, whose result is empty on this rank though other ranks may wait for it: "
+                "give every rank rows to receive, or keep this exchange out of the compiled code"
+            )
         for operation in created:
-            if operation.is_zero_elements():
-                raise ValueError(
-                    f"inductor leaves out {op}, whose result is empty on this rank though other ranks may wait for it: "
-                    "give every rank rows to receive, or keep this exchange out of the compiled code"
-                )
             if last is not None:
                 graph.additional_buffer_deps[operation.get_operation_name()].add(last)
         graph._credit_halo_last = created[-1].get_name()

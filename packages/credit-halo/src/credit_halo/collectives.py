@@ -52,7 +52,8 @@ def all_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """
     if x.dtype not in _SUMMABLE:
         raise ValueError(f"all_sum of {x.dtype} is not offered by every backend: convert it first")
-    out: Tensor = _sum(x, _name(group))
+    name, compiled = _agreed(x, group, "all_sum")
+    out: Tensor = _sum(x, name, compiled)
     return out
 
 
@@ -93,7 +94,9 @@ def broadcast(x: Tensor, src: int = 0, group: ProcessGroup | None = None) -> Ten
     Collectives:
         One broadcast forward, one sum backward.
     """
-    out: Tensor = _broadcast(x, _checked_src(src, group), _name(group))
+    src = _checked_src(src, group)
+    name, compiled = _agreed(x, group, f"broadcast from rank {src}")
+    out: Tensor = _broadcast(x, src, name, compiled)
     return out
 
 
@@ -161,31 +164,31 @@ _SUMMABLE = frozenset(
 
 
 @torch.library.custom_op("credit_halo::sum", mutates_args=())
-def _sum(x: Tensor, group: str) -> Tensor:
+def _sum(x: Tensor, group: str, compiled: bool) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
-        pg = _ready(x, group, "all_sum")
+        pg = _ready(x, group, "all_sum", compiled)
         _run("all_sum", pg, lambda: dist.all_reduce(out, group=pg))
     return out
 
 
 @_sum.register_fake
-def _(x: Tensor, group: str) -> Tensor:
+def _(x: Tensor, group: str, compiled: bool) -> Tensor:
     prepare_inductor()
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("credit_halo::broadcast", mutates_args=())
-def _broadcast(x: Tensor, src: int, group: str) -> Tensor:
+def _broadcast(x: Tensor, src: int, group: str, compiled: bool) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
-        pg = _ready(x, group, f"broadcast from rank {src}")
+        pg = _ready(x, group, f"broadcast from rank {src}", compiled)
         _run("broadcast", pg, lambda: dist.broadcast(as_bytes(out), dist.get_global_rank(pg, src), group=pg))
     return out
 
 
 @torch.library.custom_op("credit_halo::sum_to", mutates_args=())
-def _sum_to(x: Tensor, src: int, group: str) -> Tensor:
+def _sum_to(x: Tensor, src: int, group: str, compiled: bool) -> Tensor:
     """Adjoint of a broadcast: the sum on one rank, zeros on the others."""
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
@@ -199,7 +202,7 @@ def _sum_to(x: Tensor, src: int, group: str) -> Tensor:
 for _op in (_broadcast, _sum_to):
 
     @_op.register_fake
-    def _(x: Tensor, src: int, group: str) -> Tensor:
+    def _(x: Tensor, src: int, group: str, compiled: bool) -> Tensor:
         prepare_inductor()
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -209,19 +212,19 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _sum(grad, ctx.group), None
+    return _sum(grad, ctx.group, False), None, None
 
 
 def _rooted_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.src, ctx.group = inputs
+    _, ctx.src, ctx.group, _ = inputs
 
 
 def _broadcast_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _sum_to(grad, ctx.src, ctx.group), None, None
+    return _sum_to(grad, ctx.src, ctx.group, False), None, None, None
 
 
 def _sum_to_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _broadcast(grad, ctx.src, ctx.group), None, None
+    return _broadcast(grad, ctx.src, ctx.group, False), None, None, None
 
 
 _sum.register_autograd(_sum_backward, setup_context=_sum_setup)
@@ -233,13 +236,25 @@ for _op in (_sum, _broadcast, _sum_to):
     keep_order(_op)
 
 
-def _ready(x: Tensor, group: str, what: str) -> ProcessGroup:
-    """The group, once its ranks agree on what they are about to do."""
-    pg = group_by_name(group)
-    refuse_broken(pg, what)
+def _agreed(x: Tensor, group: ProcessGroup | None, what: str) -> tuple[str, bool]:
+    """The name of the group, once its ranks agree on what they are about to do; compiled code agrees when it runs."""
+    name, compiling = _name(group), torch.compiler.is_compiling()
+    if name and not compiling:
+        _agree(x, group_by_name(name), what)
+    return name, compiling
+
+
+def _agree(x: Tensor, pg: ProcessGroup, what: str) -> None:
     gradient = " with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
     said = f"{what} of {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}{gradient}"
     agree(pg, said, what.split(maxsplit=1)[0], lambda: said, x.device)
+
+
+def _ready(x: Tensor, group: str, what: str, compiled: bool) -> ProcessGroup:
+    pg = group_by_name(group)
+    refuse_broken(pg, what)
+    if compiled:
+        _agree(x, pg, what)
     return pg
 
 

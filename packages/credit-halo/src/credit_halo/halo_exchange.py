@@ -158,9 +158,13 @@ class _HaloExchangeFunction(torch.autograd.Function):
 
 def _widths(halo_width: int | tuple[int, int]) -> tuple[int, int]:
     pair = halo_width if isinstance(halo_width, (tuple, list)) else (halo_width, halo_width)
-    if len(pair) != 2:
-        raise ValueError(f"halo_width must be an integer >= 0 or a pair of them (before, after); got {halo_width!r}")
-    return width_of("halo_width", pair[0]), width_of("halo_width", pair[1])
+    try:
+        before, after = (width_of("halo_width", width) for width in pair)
+    except ValueError:
+        raise ValueError(
+            f"halo_width must be an integer >= 0 or a pair of them (before, after); got {halo_width!r}"
+        ) from None
+    return before, after
 
 
 def _where(manager: Any) -> tuple[str, str]:
