@@ -23,7 +23,7 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     (r"py:.*", r"torch(\..*)?"),
     (r"py:.*", r"(collections|datetime|os|pathlib|typing)\..*"),
-    (r"py:.*", r"timedelta"),
+    (r"py:.*", r"timedelta|Tensor"),
 ]
 
 

@@ -6,19 +6,22 @@ Any rank can ask for any rows of a tensor whose rows are sharded over ranks, and
 
 from credit_halo._version import __version__
 from credit_halo.collectives import all_mean, all_sum, broadcast, gather_rows, scatter_rows
-from credit_halo.edges import EdgeRule, constant, pole_crossing
+from credit_halo.edges import EdgeRule, Span, constant, pole_crossing
 from credit_halo.exchange import PendingRows, exchange_rows, post_rows, repartition_rows, take_rows
 from credit_halo.faults import ExchangeError
 from credit_halo.halo_exchange import HaloExchange
-from credit_halo.plan import ExchangePlan, Need, plan_halo, plan_repartition, plan_rows
+from credit_halo.plan import ExchangePlan, Message, Need, Placement, plan_halo, plan_repartition, plan_rows
 
 __all__ = [
     "EdgeRule",
     "ExchangeError",
     "ExchangePlan",
     "HaloExchange",
+    "Message",
     "Need",
     "PendingRows",
+    "Placement",
+    "Span",
     "__version__",
     "all_mean",
     "all_sum",
