@@ -18,6 +18,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple already
 
 # Names that are documented elsewhere. Looking them up there (intersphinx) needs a network; the build does not.
 nitpick_ignore_regex = [

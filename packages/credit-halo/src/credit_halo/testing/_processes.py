@@ -117,6 +117,7 @@ def _main(
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),
         )
+        dist.barrier()  # a rank that fails at once must not break the world while others still join it
         outcome = (True, fn(rank, *args), None)
     except BaseException as error:
         outcome = (False, traceback.format_exc(), error)
