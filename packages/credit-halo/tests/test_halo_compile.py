@@ -12,6 +12,7 @@ from credit_halo import (
     exchange_rows,
     gather_rows,
     plan_halo,
+    pole_crossing,
     post_rows,
     repartition_rows,
     take_rows,
@@ -94,3 +95,11 @@ def empty_on_one_rank(rank: int) -> None:
 @pytest.mark.slow
 def test_what_inductor_would_leave_out_is_refused() -> None:
     run_processes(empty_on_one_rank, 3, timeout=120)
+
+
+def test_compiled_code_checks_when_it_runs() -> None:
+    halo = HaloExchange(1, edge=pole_crossing())
+    run = torch.compile(halo, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(torch.ones(1, 1, 3, 4)), torch.ones(1, 1, 5, 4))
+    with pytest.raises(ValueError, match="half the longitudes: their number must be even, and is 5"):
+        run(torch.ones(1, 1, 3, 5))

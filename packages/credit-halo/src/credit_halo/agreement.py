@@ -24,11 +24,6 @@ def has_agreed(group: ProcessGroup, key: Hashable) -> bool:
     return key in _agreed.get(group, ())
 
 
-def remember(group: ProcessGroup, key: Hashable) -> None:
-    """Count a key as agreed on."""
-    _agreed.setdefault(group, set()).add(key)
-
-
 def agree(
     group: ProcessGroup,
     key: Hashable,
@@ -82,7 +77,7 @@ def agree(
     if not same:
         raise ValueError(_difference(what, texts))
     if key is not None:
-        remember(group, key)
+        _agreed.setdefault(group, set()).add(key)
     return [number[2] for number in numbers]
 
 

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from credit_halo import ops
 from credit_halo.edges import EdgeRule
 from credit_halo.faults import ExchangeError
+from credit_halo.fit import misfit
 from credit_halo.plan import ExchangePlan, Need, plan_rows, repartition_needs
 from credit_halo.rows import memory_format
 from credit_mesh import RowPartition
@@ -211,33 +212,6 @@ def _checked(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
     return dim, name
 
 
-def misfit(x: Tensor, plan: ExchangePlan, dim: int) -> str | None:
-    """What of a tensor does not fit a plan, if anything does not."""
-    if not -x.ndim <= dim < x.ndim:
-        return f"dim={dim} is out of range for a tensor of shape {tuple(x.shape)}"
-    if x.shape[dim] != plan.in_rows:
-        return (
-            f"the tensor of shape {tuple(x.shape)} has {x.shape[dim]} rows in dim {dim}, where {plan.partition} says "
-            f"{plan.in_rows}"
-        )
-    if plan.edge.kind == "constant" and not _holds(x.dtype, plan.edge.value):
-        return f"the edge value {plan.edge.value} does not fit the dtype {x.dtype}"
-    if plan.edge.kind == "pole":
-        lon_dim, shape = plan.edge.lon_dim, tuple(x.shape)
-        if not -x.ndim <= lon_dim < x.ndim or (lon_dim - dim) % x.ndim == 0:
-            return f"lon_dim={lon_dim} must be a dim of a tensor of shape {shape} other than the sharded one, {dim}"
-        if shape[lon_dim] % 2:
-            return f"crossing a pole turns by half the longitudes: their number must be even, and is {shape[lon_dim]}"
-        signs, channel_dim = plan.edge.signs, plan.edge.channel_dim
-        if signs not in (1, (1,)) and x.dtype in (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64):
-            return f"signs of {signs} need a dtype with negative numbers; got {x.dtype}"
-        fits = -x.ndim <= channel_dim < x.ndim and isinstance(signs, tuple) and shape[channel_dim] == len(signs)
-        fits = fits and (channel_dim - dim) % x.ndim != 0 and (channel_dim - lon_dim) % x.ndim != 0
-        if isinstance(signs, tuple) and not fits:
-            return f"{len(signs)} signs do not fit channel_dim={channel_dim} of a tensor of shape {shape}"
-    return None
-
-
 def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None) -> str | None:
     """What is wrong with a call, if anything is."""
     size = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -247,16 +221,6 @@ def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
     if plan.ranks > 1 and dist.get_rank(group) != plan.rank:
         return f"the plan is that of rank {plan.rank}; this is rank {dist.get_rank(group)} of the group"
     return misfit(x, plan, dim)
-
-
-def _holds(dtype: torch.dtype, value: float) -> bool:
-    """Whether a dtype has a number."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return True
-    if dtype == torch.bool:
-        return value in (0, 1)
-    limits = torch.iinfo(dtype)
-    return float(value).is_integer() and limits.min <= value <= limits.max
 
 
 def _group_of(group: ProcessGroup | None) -> ProcessGroup:

@@ -15,7 +15,7 @@ from credit_halo import ops
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.edges import EdgeRule
-from credit_halo.exchange import exchange_rows, misfit
+from credit_halo.exchange import exchange_rows
 from credit_halo.plan import halo_width as width_of
 from credit_halo.plan import plan_halo
 from credit_halo.rows import empty_rows
@@ -95,10 +95,7 @@ class HaloExchange(nn.Module):
         plan = plan_halo(_partition(sizes), before, after, rank=_rank(group), edge=self.edge)
         if group:
             return exchange_rows(x, plan, dim=dim, group=group_by_name(group), label=self.label)
-        problem = misfit(x, plan, dim)
-        if problem is not None:
-            raise ValueError(f"exchange {self.label!r}: {problem}")
-        alone: Tensor = ops.exchange(x, dim, plan.key, "", self.label, False, False)
+        alone: Tensor = ops.exchange(x, dim, plan.key, "", self.label, False, True)
         return alone
 
     @staticmethod
@@ -202,8 +199,9 @@ def _name(rule: EdgeRule) -> str:
 def _learn(x: Tensor, dim: int, group: str, label: str, layer: int, declared: str) -> Tensor:
     """Rows of each rank, on the CPU.
 
-    What was learned is kept for each layer, declared partition and number of rows. Ranks therefore decide alike whether
-    to ask, unless the height changes and nobody declares it; so without a declared partition they ask every time.
+    What was learned is kept for each layer, declared partition and number of rows, so that a new declaration makes
+    every rank ask again. Without a declared partition no rank can know that another's rows have changed, and all ask
+    each time.
     """
     rows = x.shape[dim]
     if not group:
@@ -241,11 +239,11 @@ def _halo_op(
     group: str,
     label: str,
     adjoint: bool,
-    ask: bool,
+    check: bool,
 ) -> Tensor:
     plan = plan_halo(_partition(sizes), before, after, rank=_rank(group), edge=_rules[edge.removesuffix(_LINEAR)])
     key = plan.linear.key if edge.endswith(_LINEAR) else plan.key
-    out: Tensor = ops.exchange(x, dim, key, group, label, adjoint, ask)
+    out: Tensor = ops.exchange(x, dim, key, group, label, adjoint, check)
     return out
 
 
@@ -269,7 +267,7 @@ def _(
     group: str,
     label: str,
     adjoint: bool,
-    ask: bool,
+    check: bool,
 ) -> Tensor:
     prepare_inductor()
     more = before + after

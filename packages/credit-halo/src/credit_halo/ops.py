@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.faults import ExchangeError
+from credit_halo.fit import misfit
 from credit_halo.plan import ExchangePlan, plans
 from credit_halo.rows import (
     add_returned,
@@ -62,12 +63,13 @@ def agree_on(
     agree(group, key, what, lambda: describe(x, dim, plan, label), x.device, problem)
 
 
-def _ready(x: Tensor, dim: int, plan: str, group: str, label: str, compiled: bool) -> tuple[ExchangePlan, Any]:
-    """The plan and the group of a name; compiled code checks here what other code has checked before."""
+def _ready(
+    x: Tensor, dim: int, plan: str, group: str, label: str, check: bool
+) -> tuple[ExchangePlan, ProcessGroup | None]:
+    """The plan and the group of a name; compiled code has checked nothing yet, and does so here."""
     the_plan, the_group = plans[plan], group_by_name(group) if group else None
-    if compiled:
-        rows = x.shape[dim]
-        problem = None if rows == the_plan.in_rows else f"the tensor has {rows} rows, which do not fit {the_plan}"
+    if check:
+        problem = misfit(x, the_plan, dim)
         if the_group is not None:
             agree_on(x, dim, the_plan, the_group, label, problem)
         elif problem is not None:
@@ -88,9 +90,9 @@ def _linear(ctx: Any) -> str:
 
 
 @torch.library.custom_op("credit_halo::exchange", mutates_args=())
-def exchange(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
+def exchange(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, check: bool) -> Tensor:
     """Exchange rows, and wait for them."""
-    the_plan, the_group = _ready(x, dim, plan, group, label, compiled)
+    the_plan, the_group = _ready(x, dim, plan, group, label, check)
     flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint)
     if adjoint:
         out = collect_local(x, dim, the_plan)
@@ -111,7 +113,7 @@ def _place(flight: InFlight, received: list[Tensor], out: Tensor, dim: int) -> N
 
 
 @exchange.register_fake
-def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
+def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, check: bool) -> Tensor:
     prepare_inductor()
     return empty_rows(x, dim, _rows_out(plan, adjoint))
 
@@ -135,16 +137,16 @@ _in_flight: dict[int, InFlight] = {}
 
 
 @torch.library.custom_op("credit_halo::post", mutates_args=())
-def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
+def post(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, check: bool) -> Tensor:
     """Start an exchange; the tensor that it returns holds nothing yet, and stands for it."""
-    the_plan, the_group = _ready(x, dim, plan, group, label, compiled)
+    the_plan, the_group = _ready(x, dim, plan, group, label, check)
     flight = start(x, dim, the_plan, the_group, label, adjoint=adjoint, own_memory=True)
     _in_flight[flight.buffer.data_ptr()] = flight
     return flight.buffer
 
 
 @post.register_fake
-def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, compiled: bool) -> Tensor:
+def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, check: bool) -> Tensor:
     prepare_inductor()
     size = 1
     for d in range(x.ndim):
