@@ -145,7 +145,7 @@ class PendingRows:
         compiling = torch.compiler.is_compiling()
         self._posted: Tensor | None = ops.post(x, dim, plan.key, group, label, False, compiling)
         if not compiling:  # nobody waits where recomputation under checkpointing stops early
-            weakref.finalize(self, ops.discard, self._posted.detach())
+            weakref.finalize(self, ops.discard, self._posted.detach()).atexit = False
 
     def wait(self) -> Tensor:
         """Wait for the rows; what :func:`exchange_rows` would have returned.
