@@ -330,3 +330,28 @@ def test_a_manager_may_be_a_stand_in() -> None:
         assert HaloExchange(1, manager=manager)(torch.ones(1, 1, 2, 2)).shape == (1, 1, 4, 2)
 
     run_threads(rank_main, 3)
+
+
+@pytest.mark.parametrize("first_use", ["dtype", "shape", "label", "dim"])
+def test_every_first_use_is_agreed_on(first_use: str) -> None:
+    """A plan that was used before is new again with another dtype, shape, label or dim; then a mistake reaches all."""
+
+    def rank_main(rank: int) -> str:
+        good(rank)
+        rows = PARTITION.sizes[rank] + (rank == 1)
+        shape, dim, label, dtype = [1, 1, rows, 2], 2, "rows", torch.float64
+        if first_use == "dtype":
+            dtype = torch.float32
+        elif first_use == "shape":
+            shape[0] = 3
+        elif first_use == "label":
+            label = "another"
+        else:
+            shape, dim = [1, 1, 2, rows], 3
+        x = torch.ones(shape, dtype=dtype)
+        with pytest.raises(ValueError, match="on rank 1 the tensor of shape .* rows in dim") as info:
+            exchange_rows(x, plan_halo(PARTITION, 1, 1, rank=rank), dim=dim, label=label)
+        good(rank)
+        return str(info.value)
+
+    assert len(set(run_threads(rank_main, 3, timeout=10))) == 1
