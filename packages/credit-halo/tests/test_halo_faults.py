@@ -127,23 +127,28 @@ def test_a_mistake_after_the_first_use_reaches_everybody() -> None:
         assert "for rank 1" in messages[rank]
 
 
-def stall(rank: int, how: str) -> tuple[str, str, float]:
-    good(rank, "before")
+def stall(rank: int, how: str, labels: tuple[str, str, str]) -> tuple[str, str, float]:
+    """Rank 1 stalls or dies between the first exchange and the second; what the others get for the last two."""
+    first, second, third = labels
+    good(rank, first)
     if rank == 1:
         if how == "dies":
             os._exit(7)
         time.sleep(4)
     started = time.monotonic()
     with pytest.raises(ExchangeError) as info:
-        good(rank, "after")
+        good(rank, second)
     seconds = time.monotonic() - started
     with pytest.raises(ExchangeError) as again:
-        good(rank, "later")
+        good(rank, third)
     return str(info.value), str(again.value), seconds
 
 
+STEADY = ("rows", "rows", "rows")
+
+
 def test_a_rank_that_stalls() -> None:
-    results = run_processes(stall, 3, "stalls", timeout=40, group_timeout=1.5)
+    results = run_processes(stall, 3, "stalls", ("before", "after", "later"), timeout=40, group_timeout=1.5)
     for rank in (0, 2):
         message, again, seconds = results[rank]
         assert "exchange 'after' (forward" in message or "exchange 'after': rank" in message
@@ -152,24 +157,8 @@ def test_a_rank_that_stalls() -> None:
         assert "an earlier exchange failed on its group" in again
 
 
-def stall_in_steady_state(rank: int, how: str) -> tuple[str, str, float]:
-    for _ in range(2):
-        good(rank)
-    if rank == 1:
-        if how == "dies":
-            os._exit(7)
-        time.sleep(4)
-    started = time.monotonic()
-    with pytest.raises(ExchangeError) as info:
-        good(rank)
-    seconds = time.monotonic() - started
-    with pytest.raises(ExchangeError) as again:
-        good(rank)
-    return str(info.value), str(again.value), seconds
-
-
 def test_the_peer_that_was_waited_for_is_named() -> None:
-    results = run_processes(stall_in_steady_state, 3, "stalls", timeout=40, group_timeout=1.5)
+    results = run_processes(stall, 3, "stalls", STEADY, timeout=40, group_timeout=1.5)
     for rank in (0, 2):
         message, again, seconds = results[rank]
         assert re.search(rf"exchange 'rows' \(forward.* failed on rank {rank} of 3 while waiting for rank 1", message)
@@ -179,7 +168,7 @@ def test_the_peer_that_was_waited_for_is_named() -> None:
 
 def test_a_rank_that_dies() -> None:
     with pytest.raises(RankError) as info:
-        run_processes(stall_in_steady_state, 3, "dies", timeout=40, group_timeout=5)
+        run_processes(stall, 3, "dies", STEADY, timeout=40, group_timeout=5)
     assert info.value.failures == {1: "ended with exit code 7"}, "the others raised as they should, and returned"
 
 

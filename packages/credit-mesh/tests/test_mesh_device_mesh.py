@@ -1,23 +1,11 @@
 """build_device_mesh and data_parallel_coords, on worlds whose other ranks are imagined (the fake backend)."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from mesh_worlds import world
 
 from credit_mesh import RankLayout, build_device_mesh, data_parallel_coords
-
-
-@contextmanager
-def world(size: int, rank: int = 0) -> Iterator[None]:
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,15 @@ import copy
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from mesh_worlds import world
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from credit_mesh import (
     DomainParallelManager,
@@ -23,15 +22,6 @@ from credit_mesh import (
     get_domain_parallel_manager,
     initialize_domain_parallel,
 )
-
-
-@contextmanager
-def world(size: int, rank: int = 0) -> Iterator[None]:
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("via_mesh", [False, True], ids=["own groups", "from a mesh"])

@@ -41,13 +41,13 @@ def exchange_rows(
 
     Raises:
         ValueError: On all ranks alike, if the tensor of any does not fit its plan, or ranks disagree on the plan, the
-            dtype or the other dims. Ranks compare once for each plan, dtype and shape; a mistake that one rank makes
-            later is raised there at once, and reaches the others as an ExchangeError.
+            dtype, the other dims, the label, or whether a gradient is needed. Ranks compare once for each of these; a
+            mistake that one rank makes later is raised there at once, and reaches the others as an ExchangeError.
         ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to each rank in ``plan.sends``, one from each in ``plan.recvs``. At the first use of a plan,
-        dtype and shape one all-gather of a number.
+        dtype, shape and label one small all-gather.
     """
     dim, name = _checked(x, plan, dim, group, label)
     if not torch.compiler.is_compiling() and plan.is_identity:
