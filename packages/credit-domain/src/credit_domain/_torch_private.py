@@ -1,0 +1,20 @@
+"""The private names of torch that this package cannot do without, each with the reason."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# A wrapper answers for the module that it wraps: one set of parameters, buffers, children and hooks, under the names
+# that they have there. torch has no public way for two modules to be one, so they share the dicts that hold all that.
+# A fresh module tells which dicts a module has in this version of torch.
+SHARED = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+# Not a dict, and set by the registration of a hook: says which kind of backward hooks the shared dict holds.
+COPIED = ("_is_full_backward_hook", "training")
+
+
+def share(wrapper: nn.Module, wrapped: nn.Module) -> None:
+    """Let a wrapper have the parameters, buffers, children and hooks of another module as its own."""
+    for name in SHARED:
+        wrapper.__dict__[name] = wrapped.__dict__[name]
+    for name in COPIED:
+        wrapper.__dict__[name] = wrapped.__dict__[name]

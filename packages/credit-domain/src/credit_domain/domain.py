@@ -1,0 +1,214 @@
+"""What the functions and layers here share: who takes part, who holds which rows, and bringing rows.
+
+Ranks cannot guess a partition from their own rows, and learn it once: see :func:`sizes_of`. Everything that follows
+from it is integers, worked out by functions marked :func:`constant`, which torch.compile runs once while it traces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from credit_domain.footprint import Footprint
+from credit_halo import exchange_rows, ops, plan_rows
+from credit_halo._torch_private import group_by_name
+from credit_halo.agreement import agree
+from credit_halo.plan import plans
+from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Domain(NamedTuple):
+    """The ranks that share the rows.
+
+    Attributes:
+        group: Name of their process group; empty for a single rank.
+        rank: This rank.
+        size: Number of ranks.
+        declared: Key of the declared partition of the model's input; empty if there is none.
+    """
+
+    group: str
+    rank: int
+    size: int
+    declared: str
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The process group; None for a single rank."""
+        return group_by_name(self.group) if self.group else None
+
+
+ALONE = Domain("", 0, 1, "")
+
+
+def domain_of(manager: DomainParallelManager | None) -> Domain:
+    """The domain of a manager, or of the present one; of a single rank where there is none."""
+    if manager is None:
+        manager = get_domain_parallel_manager()
+    if manager is None or manager.domain_parallel_size == 1:
+        return ALONE
+    partition = manager.partition
+    declared = "" if partition is None else partition.key
+    return Domain(manager.domain_group.group_name, manager.domain_rank, manager.domain_parallel_size, declared)
+
+
+def constant(fn: _F) -> _F:
+    """Mark a function of integers and strings that torch.compile runs while it traces."""
+    marked: _F = torch.compiler.assume_constant_result(fn)  # type: ignore[no-untyped-call, unused-ignore]
+    return marked
+
+
+def normal_dim(dim: int, ndim: int, spatial: int, what: str) -> int:
+    """A sharded dim counted from the last one.
+
+    Raises:
+        ValueError: If it is none of the last ``spatial`` dims.
+    """
+    last = dim - ndim if dim >= 0 else dim
+    if not -spatial <= last < 0:
+        raise ValueError(
+            f"{what}: the sharded dim must be one of the last {spatial} of a tensor with {ndim} dims; got {dim}"
+        )
+    return last
+
+
+# Who holds which rows
+
+_layers = itertools.count()
+_learned: WeakKeyDictionary[ProcessGroup, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def new_layer() -> int:
+    """A number for a layer to remember what it learned by."""
+    return next(_layers)
+
+
+def sizes_of(
+    x: Tensor,
+    dim: int,
+    domain: Domain,
+    label: str,
+    partition: RowPartition | None = None,
+    layer: Hashable = None,
+) -> tuple[int, ...]:
+    """Rows of each rank.
+
+    They are those of ``partition`` where the caller knows it. Otherwise ranks tell each other: once for each layer,
+    shape and declared partition, or at each call where nothing is declared or the caller is no layer. In compiled code
+    they do so while it is traced.
+
+    Raises:
+        ValueError: On all ranks alike, if a rank holds other rows than the partition says, or dtypes or other dims
+            differ; in compiled code, if no partition is known.
+
+    Collectives:
+        A small all-gather; none once learned.
+    """
+    if domain.size == 1:
+        return (x.shape[dim],)
+    if partition is not None:
+        _check_partition(x, dim, domain, label, partition)
+        return partition.sizes
+    if torch.compiler.is_compiling():
+        if not domain.declared:
+            raise ValueError(
+                f"{label}: compiled code cannot ask the other ranks for their rows at each call; declare the "
+                "partition of the model's input first (shard_tensor, or manager.declare), or pass partition="
+            )
+        return _learn_while_tracing(*domain, label, dim, operator.index(x.shape[dim]))
+    group = group_by_name(domain.group)
+    known = _learned.setdefault(group, {})
+    key = (layer, domain.declared, dim, x.shape)
+    if key in known:
+        return known[key]
+    shape = ["rows" if d in (dim, dim + x.ndim) else str(size) for d, size in enumerate(x.shape)]
+    said = f"{label}: {str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), declared partition "
+    rows = agree(group, None, label, lambda: said + (domain.declared or "none"), x.device, rows=x.shape[dim])
+    assert rows is not None
+    sizes = tuple(rows)
+    if domain.declared and layer is not None:
+        known[key] = sizes
+    return sizes
+
+
+@constant
+def _learn_while_tracing(
+    group: str, rank: int, size: int, declared: str, label: str, dim: int, rows: int
+) -> tuple[int, ...]:
+    pg = group_by_name(group)
+    device = torch.device("cuda" if dist.get_backend(pg) == "nccl" else "cpu")
+    said = f"{label}: dim {dim} in compiled code, declared partition {declared}"
+    return tuple(agree(pg, None, label, lambda: said, device, rows=rows) or ())
+
+
+def _check_partition(x: Tensor, dim: int, domain: Domain, label: str, partition: RowPartition) -> None:
+    problem = None
+    if partition.ranks != domain.size:
+        problem = f"partition={partition} is for {partition.ranks} ranks; the domain group has {domain.size}"
+    elif partition.sizes[domain.rank] != x.shape[dim]:
+        problem = (
+            f"the tensor of shape {tuple(x.shape)} has {x.shape[dim]} rows along dim {dim}; partition={partition} says "
+            f"{partition.sizes[domain.rank]}"
+        )
+    if torch.compiler.is_compiling():
+        if problem is not None:
+            raise ValueError(f"{label}: {problem}")
+        return
+    key = (label, partition.key, dim)
+    agree(group_by_name(domain.group), key, label, lambda: f"partition {partition.key}", x.device, problem)
+
+
+# Bringing rows
+
+
+class Step(NamedTuple):
+    """How a rank gets the rows of a footprint, in terms that compiled code can carry.
+
+    Attributes:
+        plan: Key of the plan.
+        local: Whether no rank needs more or less than its own rows, so that nothing is to be done.
+        start: First global row that this rank reads.
+        rows: Number of rows that it reads.
+        first: First global row of the output that this rank owns.
+        out: Number of output rows that it owns.
+        total: Output rows of all ranks.
+    """
+
+    plan: str
+    local: bool
+    start: int
+    rows: int
+    first: int
+    out: int
+    total: int
+
+
+def step_of(footprint: Footprint, rank: int) -> Step:
+    """This rank's part of a footprint, planned."""
+    plan = plan_rows(footprint.source, footprint.needs, rank=rank, edge=footprint.edge)
+    need, own = footprint.needs[rank], footprint.target.interval(rank)
+    return Step(plan.key, footprint.is_local, need.start, len(need), own.start, len(own), footprint.target.rows)
+
+
+def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str) -> Tensor:
+    """The rows that a footprint says this rank reads.
+
+    Collectives:
+        One message to and from each rank within reach; none where every rank needs just its own rows.
+    """
+    if step.local:
+        return x
+    if domain.size == 1 or torch.compiler.is_compiling():
+        rows: Tensor = ops.exchange(x, dim % x.ndim, step.plan, domain.group, label, False, True)
+        return rows
+    return exchange_rows(x, plans[step.plan], dim=dim, group=domain.process_group, label=label)

@@ -1,0 +1,136 @@
+"""What the converted layers share: each answers for the torch module that it wraps."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from credit_domain._torch_private import share
+from credit_domain.domain import new_layer
+from credit_mesh import DomainParallelManager
+
+_Self = TypeVar("_Self", bound="DomainParallelLayer")
+
+
+class DomainParallelLayer(nn.Module):
+    """A torch module that works on sharded rows.
+
+    It *is* the wrapped module to everything around it: the same parameter objects under the same names, the same
+    buffers, children, hooks and state_dict keys, so that checkpoints of the plain model load into the converted one and
+    back, and spectral_norm, weight_norm and parametrisations go on working. Attributes that it does not have itself are
+    those of the wrapped module.
+
+    Args:
+        module: The torch module; it must not be used beside the wrapper.
+        shard_dim: The sharded dim.
+        manager: Whose domain group takes part; None looks up the present one at each call.
+        label: What errors and traces call this layer; the same on every rank. None takes the name of the class.
+
+    Raises:
+        ValueError: If the module is of another type than this layer wraps, or lazy and not yet initialised.
+    """
+
+    wraps: tuple[type[nn.Module], ...] = (nn.Module,)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shard_dim: int = -2,
+        *,
+        manager: DomainParallelManager | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(module, self.wraps):
+            expected = " or ".join(f"torch.nn.{kind.__name__}" for kind in self.wraps)
+            raise ValueError(f"{name} wraps {expected}; got {type(module).__name__}")
+        if any(isinstance(value, UninitializedTensorMixin) for value in (*module.parameters(), *module.buffers())):
+            raise ValueError(
+                f"{name}: {type(module).__name__} has no parameters yet; run it once on data of the right shape first"
+            )
+        share(self, module)
+        self.__dict__["_wrapped"] = module
+        self.__dict__["shard_dim"] = shard_dim
+        self.__dict__["manager"] = manager
+        self.__dict__["label"] = name if label is None else label
+        self.__dict__["_layer"] = new_layer()
+
+    @property
+    def wrapped(self) -> Any:
+        """The torch module whose parameters this layer has."""
+        return self.__dict__["_wrapped"]
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the wrapped module where the layer itself has no such attribute."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_wrapped" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self.__dict__["_wrapped"], name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_layer"] = new_layer()  # a copy learns for itself
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Set the mode of the layer and of the module that it wraps."""
+        super().train(mode)
+        self.__dict__["_wrapped"].training = mode
+        return self
+
+    def extra_repr(self) -> str:
+        """The arguments of the wrapped module."""
+        inner = self.wrapped.extra_repr()
+        return f"{inner}{', ' if inner else ''}shard_dim={self.shard_dim}"
+
+
+class WeightedLayer(DomainParallelLayer):
+    """A layer whose ``weight`` and ``bias`` are those of the wrapped module, also where hooks make them."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the wrapped module."""
+        weight: torch.Tensor = self.wrapped.weight
+        return weight
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        self.wrapped.weight = value
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the wrapped module; None if it has none."""
+        bias: torch.Tensor | None = self.wrapped.bias
+        return bias
+
+    @bias.setter
+    def bias(self, value: torch.Tensor | None) -> None:
+        self.wrapped.bias = value
+
+
+def spatial_dim(module: nn.Module, shard_dim: int, spatial: int) -> int:
+    """The sharded dim of a layer as an index of its kernel, so that mistakes show when a model is converted.
+
+    A dim counted from the first is that of batched tensors.
+
+    Raises:
+        ValueError: If the dim is no spatial one.
+    """
+    at = shard_dim - 2 if shard_dim >= 0 else shard_dim + spatial
+    if not 0 <= at < spatial:
+        dims = ", ".join(str(dim) for dim in range(-spatial, 0))
+        raise ValueError(
+            f"shard_dim={shard_dim} is no spatial dim of {type(module).__name__}: expected one of {dims}, or of "
+            f"{', '.join(str(dim) for dim in range(2, 2 + spatial))} for batched tensors"
+        )
+    return at
+
+
+def halo_of(before: int, after: int) -> int:
+    """The wider side of a halo; 0 where a layer reads less than its own rows."""
+    return max(0, before, after)
