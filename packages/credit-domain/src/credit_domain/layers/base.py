@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from credit_domain._torch_private import share
 from credit_domain.domain import new_layer
@@ -48,7 +48,7 @@ class DomainParallelLayer(nn.Module):
         if not isinstance(module, self.wraps):
             expected = " or ".join(f"torch.nn.{kind.__name__}" for kind in self.wraps)
             raise ValueError(f"{name} wraps {expected}; got {type(module).__name__}")
-        if any(isinstance(value, UninitializedTensorMixin) for value in (*module.parameters(), *module.buffers())):
+        if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
             raise ValueError(
                 f"{name}: {type(module).__name__} has no parameters yet; run it once on data of the right shape first"
             )

@@ -152,7 +152,7 @@ class DomainParallelConv3d(_Conv):
 class _ConvTranspose(_Convolution):
     def _halo(self, at: int) -> tuple[int, int]:
         m = self.wrapped
-        # Output row i reads the rows from (i + padding - reach) / stride to (i + padding) / stride, and is at i // stride.
+        # Output row i reads the rows from (i + padding - reach) / stride to (i + padding) / stride; it is at i // stride.
         reach = m.dilation[at] * (m.kernel_size[at] - 1)
         return (reach - m.padding[at]) // m.stride[at], (m.stride[at] - 1 + m.padding[at]) // m.stride[at]
 
