@@ -81,7 +81,7 @@ class _Conv(_Convolution):
         m = self.wrapped
         args = (m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
         return conv(
-            self.spatial, x, m.weight, m.bias, *args, self._dim, None, self.manager, self.label, layer=self._layer
+            self.spatial, x, self.weight, self.bias, *args, self._dim, None, self.manager, self.label, layer=self._layer
         )
 
 
@@ -152,7 +152,7 @@ class DomainParallelConv3d(_Conv):
 class _ConvTranspose(_Convolution):
     def _halo(self, at: int) -> tuple[int, int]:
         m = self.wrapped
-        # Output row i reads the rows from (i + padding - reach) / stride to (i + padding) / stride; it is at i // stride.
+        # Output row i reads the rows from (i + padding - reach) / stride to (i + padding) / stride; it is at i//stride.
         reach = m.dilation[at] * (m.kernel_size[at] - 1)
         return (reach - m.padding[at]) // m.stride[at], (m.stride[at] - 1 + m.padding[at]) // m.stride[at]
 
@@ -184,7 +184,7 @@ class _ConvTranspose(_Convolution):
             wanted[at] += m.dilation[at] * (m.kernel_size[at] - 1) + 1
             output_padding = m._output_padding(x, wanted, m.stride, m.padding, m.kernel_size, self.spatial, m.dilation)
         args = (m.stride, m.padding, tuple(output_padding), m.groups, m.dilation, self._dim, None, self.manager)
-        return conv_transpose(self.spatial, x, m.weight, m.bias, *args, self.label, layer=self._layer, output_rows=rows)
+        return conv_transpose(self.spatial, x, self.weight, self.bias, *args, self.label, layer=self._layer, output_rows=rows)
 
 
 class DomainParallelConvTranspose1d(_ConvTranspose):
@@ -344,4 +344,4 @@ class _PeriodicConv2d(DomainParallelConv2d):
         m = self.wrapped
         args = (m.stride, self.__dict__["_pad"], m.dilation, m.groups, "zeros", self._dim, None, self.manager)
         modes = ("reflect", "circular")
-        return conv(2, x, m.weight, m.bias, *args, self.label, layer=self._layer, padding_modes=modes)
+        return conv(2, x, self.weight, self.bias, *args, self.label, layer=self._layer, padding_modes=modes)
