@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_domain.footprint import Footprint
-from credit_halo import exchange_rows, ops, plan_rows
+from credit_halo import all_sum, exchange_rows, ops, plan_rows
 from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree
+from credit_halo.agreement import agree, has_agreed
 from credit_halo.plan import plans
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
@@ -165,7 +165,21 @@ def _check_partition(x: Tensor, dim: int, domain: Domain, label: str, partition:
             raise ValueError(f"{label}: {problem}")
         return
     key = (label, partition.key, dim)
+    if problem is not None and has_agreed(group_by_name(domain.group), key):
+        raise ValueError(f"{label}: on rank {domain.rank} {problem}")  # the others do not ask again
     agree(group_by_name(domain.group), key, label, lambda: f"partition {partition.key}", x.device, problem)
+
+
+def sum_over(x: Tensor, domain: Domain) -> Tensor:
+    """The sum of ``x`` over the ranks, on every rank; differentiable, see :func:`credit_halo.all_sum`.
+
+    Collectives:
+        One sum forward, one backward.
+    """
+    if torch.compiler.is_compiling():  # dynamo warns where a group is looked up by its name
+        total: Tensor = torch.ops.credit_halo.sum(x, domain.group, True)
+        return total
+    return all_sum(x, domain.process_group)
 
 
 # Bringing rows

@@ -113,14 +113,62 @@ def pooling(
     """Like :func:`convolution`; with ``ceil_mode`` the last window may reach beyond the padding.
 
     Raises:
-        ValueError: If the padded rows are fewer than the window spans.
+        ValueError: If a window would not fit once, the padding is more than half of it, or a number is out of range.
     """
     span = dilation * (kernel - 1) + 1
+    if min(kernel, stride, dilation) < 1 or not 0 <= padding <= span // 2:
+        raise ValueError(
+            "kernel, stride and dilation of pooling must be at least 1, and padding from 0 to half of what the kernel "
+            f"spans; got kernel {kernel}, stride {stride}, dilation {dilation} and padding {padding}"
+        )
     rows = window_rows(source.rows, kernel, stride, padding, padding, dilation, ceil_mode)
     if rows < 1:
         raise ValueError(f"the window spans {span} rows, more than {source.rows} rows with padding {padding} have")
     edge = EdgeRule() if edge is None else edge
     return _windows(source, source.strided(stride, rows), span, stride, padding, edge)
+
+
+def adaptive_window(row: int, rows: int, out: int) -> range:
+    """The input rows that an output row of adaptive pooling from ``rows`` to ``out`` rows reads."""
+    return range(row * rows // out, -(-(row + 1) * rows // out))
+
+
+def adaptive_pooling(source: RowPartition, rows: int) -> Footprint:
+    """Output row ``i`` reads the rows of :func:`adaptive_window`; its owner is that of the first of them.
+
+    Raises:
+        ValueError: If the number of output rows is negative.
+    """
+    if rows < 0:
+        raise ValueError(f"the output of adaptive pooling must have 0 rows or more; got {rows}")
+    ends = [-(-offset * rows // source.rows) for offset in source.offsets]
+    target = RowPartition(tuple(b - a for a, b in pairwise(ends)), allow_empty=True)
+
+    def need(start: int, stop: int) -> range:
+        first, last = (adaptive_window(row, source.rows, rows) for row in (start, stop - 1))
+        return range(first.start, last.stop)
+
+    return _footprint(source, target, need, EdgeRule())
+
+
+def adaptive_runs(start: int, stop: int, rows: int, out: int) -> tuple[tuple[int, int, int], ...]:
+    """Cut output rows into runs that are an adaptive pooling of their own: (first input row, input rows, output rows).
+
+    The windows of one are irregular, so that its rows from the middle are not, in general, the pooling of the rows that
+    they read. A single row always is.
+    """
+    windows = [adaptive_window(row, rows, out) for row in range(start, stop)]
+    runs = []
+    while windows:
+        first = windows[0].start
+        for count in range(len(windows), 0, -1):
+            read = windows[count - 1].stop - first
+            shifted = (range(w.start - first, w.stop - first) for w in windows[:count])
+            if all(adaptive_window(row, read, count) == window for row, window in enumerate(shifted)):
+                break
+        runs.append((first, read, count))
+        windows = windows[count:]
+    return tuple(runs)
 
 
 def transposed_rows(rows: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int) -> int:
@@ -183,3 +231,53 @@ def pixel_unshuffle(source: RowPartition, factor: int) -> Footprint:
     if source.rows % factor:
         raise ValueError(f"{source.rows} rows cannot be cut into blocks of {factor}")
     return _windows(source, source.strided(factor), factor, factor, 0, EdgeRule())
+
+
+def resampled_partition(source: RowPartition, rows: int, declared: RowPartition | None) -> RowPartition:
+    """Who owns the output rows of a resampling to ``rows`` rows, which no stride or factor need relate to the input.
+
+    The first that applies:
+
+    1. As many rows as came in stay where they are.
+    2. As many rows as the model's input has, or as a stride of 2 or more leaves of them, are divided as there, so that
+       what is resampled to a level of the model meets what is at that level.
+    3. An upsampling or a stride of ``source`` that gives as many rows divides them.
+    4. Boundaries move in proportion.
+    """
+    if rows == source.rows:
+        return source
+    if declared is not None:
+        if declared.rows == rows:
+            return declared
+        stride = max(2, -(-declared.rows // rows))
+        if -(-declared.rows // stride) == rows:
+            return declared.strided(stride)
+    if rows > source.rows:
+        factor = -(-rows // source.rows)
+        if -(-rows // factor) == source.rows:
+            return source.upsampled(factor, rows)
+    else:
+        stride = -(-source.rows // rows)
+        if -(-source.rows // stride) == rows:
+            return source.strided(stride)
+    ends = [-(-offset * rows // source.rows) for offset in source.offsets]
+    return RowPartition(tuple(stop - start for start, stop in pairwise(ends)), allow_empty=True)
+
+
+def resampling(source: RowPartition, target: RowPartition, first: tuple[int, ...], last: tuple[int, ...]) -> Footprint:
+    """Output row ``i`` reads rows ``first[i]`` to ``last[i]``, both included."""
+
+    def need(start: int, stop: int) -> range:
+        return range(min(first[start:stop]), max(last[start:stop]) + 1)
+
+    return _footprint(source, target, need, EdgeRule())
+
+
+def upsampling(source: RowPartition, factor: int, reach: int) -> Footprint:
+    """Interpolation by a whole factor: output row ``i`` reads ``reach`` rows around input row ``i // factor``."""
+
+    def need(start: int, stop: int) -> range:
+        first, last = start // factor - reach, (stop - 1) // factor + reach
+        return range(max(0, first), min(source.rows, last + 1))
+
+    return _footprint(source, source.upsampled(factor), need, EdgeRule("replicate"))

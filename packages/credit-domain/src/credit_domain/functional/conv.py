@@ -218,7 +218,7 @@ def conv(
     modes = per_dim(padding_mode, nd) if padding_modes is None else tuple(padding_modes)
     dim = normal_dim(dim, x.ndim, nd, label)
     domain = domain_of(manager)
-    x, unbatched = _batched(x, nd, label)
+    x, unbatched = batched(x, nd, label)
     if domain.size == 1:
         out = _padded_conv(nd, x, weight, bias, strides, pads, dilations, groups, modes)
         return out.squeeze(0) if unbatched else out
@@ -324,7 +324,7 @@ def conv_transpose(
     dim = normal_dim(dim, x.ndim, nd, label)
     at = dim + nd
     domain = domain_of(manager)
-    x, unbatched = _batched(x, nd, label)
+    x, unbatched = batched(x, nd, label)
     sizes = sizes_of(x, dim, domain, label, partition, layer)
     along = (kernel[at], strides[at], pads[at], extras[at], dilations[at])
     step, front, back = _transposed_step(sizes, domain.rank, *along, -1 if output_rows is None else output_rows, label)
@@ -440,7 +440,12 @@ def padding_pairs(
     return tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in per_dim(padding, nd))
 
 
-def _batched(x: Tensor, nd: int, label: str) -> tuple[Tensor, bool]:
+def batched(x: Tensor, nd: int, label: str) -> tuple[Tensor, bool]:
+    """``x`` with a batch dim, and whether it had none.
+
+    Raises:
+        ValueError: If it has neither ``nd + 1`` nor ``nd + 2`` dims.
+    """
     if x.ndim not in (nd + 1, nd + 2):
         raise ValueError(f"{label}: expected {nd + 1} or {nd + 2} dims; got a tensor of shape {tuple(x.shape)}")
     return (x.unsqueeze(0), True) if x.ndim == nd + 1 else (x, False)
