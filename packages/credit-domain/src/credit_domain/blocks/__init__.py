@@ -1,0 +1,29 @@
+"""Blocks that models of the field are made of, exact on sharded rows, to use or to copy.
+
+Their parameters have the names that they have in a model for one GPU, and every function takes and returns this rank's
+rows. ``docs/blocks.md`` shows how each is used and why it is exact.
+"""
+
+from credit_domain.blocks.attention import FullAttention, LinearAttention, attention, linear_attention
+from credit_domain.blocks.base import Block
+from credit_domain.blocks.excitation import GlobalMean, ScSE, SqueezeExcitation, global_mean
+from credit_domain.blocks.tables import PositionTable, local_rows
+from credit_domain.blocks.windows import WindowAttention, Windows, join_windows, split_windows
+
+__all__ = [
+    "Block",
+    "FullAttention",
+    "GlobalMean",
+    "LinearAttention",
+    "PositionTable",
+    "ScSE",
+    "SqueezeExcitation",
+    "WindowAttention",
+    "Windows",
+    "attention",
+    "global_mean",
+    "join_windows",
+    "linear_attention",
+    "local_rows",
+    "split_windows",
+]
