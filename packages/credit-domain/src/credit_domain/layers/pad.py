@@ -1,0 +1,160 @@
+"""Padding of sharded rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from credit_domain.functional.conv import conv, padding_pairs
+from credit_domain.functional.pad import pad_rows
+from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.layers.conv import DomainParallelConv2d
+from credit_halo import HaloExchange
+from credit_mesh import DomainParallelManager
+
+_MODES: dict[str, tuple[type[nn.Module], ...]] = {
+    "constant": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+class DomainParallelPad(DomainParallelLayer):
+    """Any of torch's padding layers on a sharded tensor.
+
+    Who owns the output rows is said in :func:`credit_domain.functional.pad`.
+
+    Args:
+        module: The layer to wrap: zeros, a constant, reflection, replication or circular, of 1 to 3 dims.
+        shard_dim: The sharded dim, padded by the layer or not; -2 is latitude. A dim counted from the first is that of
+            batched tensors.
+        manager: Whose domain group takes part; None looks up the present one at each call.
+        label: What errors and traces call this layer.
+    """
+
+    wraps = tuple(kind for kinds in _MODES.values() for kind in kinds)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shard_dim: int = -2,
+        *,
+        manager: DomainParallelManager | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(module, shard_dim, manager=manager, label=label)
+        self.__dict__["_mode"] = next(mode for mode, kinds in _MODES.items() if isinstance(module, kinds))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad the whole of which ``x`` is this rank's part.
+
+        Raises:
+            ValueError: As :func:`credit_domain.functional.pad`.
+            ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+        Collectives:
+            One message to and from each rank within reach, forward and backward; none where rows are not padded.
+        """
+        m, mode, dim = self.wrapped, self.__dict__["_mode"], self.shard_dim
+        value = m.value if mode == "constant" else None
+        if dim >= 0:
+            dim -= max(x.ndim, len(m.padding) // 2 + 2)
+        return pad_rows(x, m.padding, mode, value, dim, None, self.manager, self.label, self._layer)
+
+
+class DomainParallelCrossEmbedBranch(DomainParallelLayer):
+    """A :class:`torch.nn.ZeroPad2d` followed by a :class:`torch.nn.Conv2d`, as one layer on a sharded tensor.
+
+    The padding becomes part of the convolution: zeros beyond an edge are not rows that anybody owns, so that output row
+    ``j`` comes out on the owner of input row ``j * stride`` of what came in. Parameters keep their names
+    (``1.weight``).
+
+    Args:
+        branch: The module to wrap: ``torch.nn.Sequential(ZeroPad2d, Conv2d)``.
+        shard_dim: The sharded dim; -2 is latitude.
+        manager: Whose domain group takes part; None looks up the present one at each call.
+        label: What errors and traces call this layer.
+
+    Raises:
+        ValueError: If the module is no such pair, the padding crops, or the convolution pads by other than zeros.
+    """
+
+    wraps = (nn.Sequential,)
+
+    def __init__(
+        self,
+        branch: nn.Sequential,
+        shard_dim: int = -2,
+        *,
+        manager: DomainParallelManager | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(branch, shard_dim, manager=manager, label=label)
+        pad, inner = branch if len(branch) == 2 else (None, None)
+        if not isinstance(pad, nn.ZeroPad2d) or not isinstance(inner, nn.Conv2d):
+            kinds = ", ".join(type(child).__name__ for child in branch)
+            raise ValueError(f"{self.label} wraps torch.nn.Sequential(ZeroPad2d, Conv2d); got Sequential({kinds})")
+        left, right, top, bottom = pad.padding
+        if min(pad.padding) < 0:
+            raise ValueError(f"{self.label}: ZeroPad2d must not crop; its padding is {pad.padding}")
+        if inner.padding_mode != "zeros" and inner.padding not in ((0, 0), "valid"):
+            raise ValueError(
+                f"{self.label}: the convolution must pad by zeros, as what is before it does; its padding_mode is "
+                f"{inner.padding_mode!r}"
+            )
+        # The only child that differs from those of the wrapped module, which stays as it was.
+        padded = _PaddedConv2d(inner, ((top, bottom), (left, right)), shard_dim, manager=manager, label=self.label)
+        first, second = branch._modules
+        self.__dict__["_modules"] = {first: pad, second: padded}
+        self.__dict__["_conv"] = second
+
+    @property
+    def conv(self) -> DomainParallelConv2d:
+        """The convolution, with the padding in it."""
+        padded: Any = self._modules[self.__dict__["_conv"]]
+        return padded  # type: ignore[no-any-return]
+
+    @property
+    def halo_width(self) -> int:
+        """The most rows that a rank reads beyond either side of its own."""
+        return self.conv.halo_width
+
+    @property
+    def halo_exchange(self) -> HaloExchange | None:
+        """The exchange of that halo as a layer of its own; see :attr:`DomainParallelConv2d.halo_exchange`."""
+        return self.conv.halo_exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad and convolve the whole of which ``x``, (B, C, H, W), is this rank's part.
+
+        Raises:
+            ValueError: As :func:`credit_domain.functional.conv2d`.
+            ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+        Collectives:
+            One message to and from each rank within reach, forward and backward.
+        """
+        out: Tensor = self.conv(x)
+        return out
+
+
+class _PaddedConv2d(DomainParallelConv2d):
+    """A convolution with the zeros that were around its input."""
+
+    def __init__(self, conv: nn.Conv2d, around: tuple[tuple[int, int], ...], shard_dim: int, **settings: Any) -> None:
+        own = padding_pairs(conv.padding, conv.kernel_size, conv.stride, conv.dilation, 2)
+        # Its halo is asked for while it is built.
+        self.__dict__["_pads"] = tuple((a + c, b + d) for (a, b), (c, d) in zip(around, own, strict=True))
+        super().__init__(conv, shard_dim, **settings)
+
+    def _halo(self, at: int) -> tuple[int, int]:
+        m = self.wrapped
+        before: int = self.__dict__["_pads"][at][0]
+        return before, m.dilation[at] * (m.kernel_size[at] - 1) - before - (m.stride[at] - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.wrapped
+        args = (m.stride, self.__dict__["_pads"], m.dilation, m.groups, "zeros", self._dim, None, self.manager)
+        return conv(2, x, self.weight, self.bias, *args, self.label, layer=self._layer)
