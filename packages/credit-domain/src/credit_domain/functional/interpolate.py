@@ -131,7 +131,7 @@ def _numbers(value: Any, kind: Callable[[Any], Any]) -> Any:
 # What torch does along one dim
 
 
-class _Along(NamedTuple):
+class Along(NamedTuple):
     """A resampling along one of ``nd`` spatial dims, counted from the first, of ``rows`` rows."""
 
     nd: int
@@ -177,7 +177,7 @@ class _Map(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _map_of(along: _Along) -> _Map:
+def map_of(along: Along) -> _Map:
     device = torch.device(along.device)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         taps, back = _picks(along) if along.mode in _PICKS else _weights(along)
@@ -193,7 +193,7 @@ def _map_of(along: _Along) -> _Map:
     return _Map(rows, taps, back, tuple(first.tolist()), tuple(last.tolist()), same)
 
 
-def _run(along: _Along, x: Tensor) -> Tensor:
+def _run(along: Along, x: Tensor) -> Tensor:
     """Torch's operator on (channels, rows), along the rows alone: (channels, output rows)."""
     # Torch is wrong where one column comes out of antialiasing, which is why there are two.
     others = 2 if along.antialias else 1
@@ -213,7 +213,7 @@ def _run(along: _Along, x: Tensor) -> Tensor:
     return out[0].movedim(along.at + 1, 1).reshape(x.shape[0], out.shape[along.at + 2], -1)[:, :, 0]
 
 
-def _picks(along: _Along) -> tuple[_Taps, _Taps]:
+def _picks(along: Along) -> tuple[_Taps, _Taps]:
     """Each output row is one input row, found from its number in digits that every dtype can hold."""
     rows = torch.arange(along.rows)
     digits = torch.stack([rows // 128**place % 128 for place in range(4)]).to(along.device, along.dtype)
@@ -230,7 +230,7 @@ def _picks(along: _Along) -> tuple[_Taps, _Taps]:
     return taps, taps if torch.equal(row, returned) else _Taps(out, returned, None)
 
 
-def _weights(along: _Along) -> tuple[_Taps, _Taps]:
+def _weights(along: Along) -> tuple[_Taps, _Taps]:
     """What each input row contributes to each output row, and what each output row's gradient does to the input's."""
     forward = _entries(along, along.rows, lambda x: _run(along, x))
     taps = _Taps(*forward)
@@ -240,7 +240,7 @@ def _weights(along: _Along) -> tuple[_Taps, _Taps]:
     return taps, taps if all(map(torch.equal, forward, back)) else _Taps(*back)
 
 
-def _pull(along: _Along, grad: Tensor) -> Tensor:
+def _pull(along: Along, grad: Tensor) -> Tensor:
     """The gradient of the rows, (channels, rows), from that of the output rows."""
     # Where algorithms must be deterministic, torch has no backward of some modes on a GPU.
     device = "cpu" if torch.are_deterministic_algorithms_enabled() else along.device
@@ -252,7 +252,7 @@ def _pull(along: _Along, grad: Tensor) -> Tensor:
 _CHUNK = 256
 
 
-def _entries(along: _Along, count: int, linear: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _entries(along: Along, count: int, linear: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The matrix of a linear function of ``count`` entries, as (into, from, weight), by what they go into.
 
     A NaN shows what reads an entry, be it with a weight of 0.
@@ -317,11 +317,11 @@ def _cached_resize(
     how = (mode, corners, recompute, antialias)
     if mode not in _PICKS and not dtype.is_floating_point:
         raise ValueError(f"{label}: mode {mode!r} averages rows, which {dtype} cannot hold; convert to floats first")
-    along = [_Along(nd, at, n, _at(size, at), _at(scale, at), *how, dtype, device) for at, n in enumerate(whole)]
+    along = [Along(nd, at, n, _at(size, at), _at(scale, at), *how, dtype, device) for at, n in enumerate(whole)]
     try:  # what torch refuses of the whole
         if 0 in F.interpolate(torch.empty(1, 1, *whole, dtype=dtype, device="meta"), size, scale, *how).shape:
             raise ValueError("nothing would be left")
-        maps = [_map_of(each) for each in along]
+        maps = [map_of(each) for each in along]
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{label}: torch refuses to resample a tensor of shape (B, C, *{whole}): {error}") from error
     if antialias and maps[-1].rows == 1:
@@ -342,7 +342,9 @@ def _cached_resize(
     for at, each in enumerate(maps):
         part = (step.start, step.rows, step.first, step.out) if at == nd + dim else (0, whole[at], 0, each.rows)
         keys.append("" if each.same else _part_of(along[at], part))
-    order = sorted(range(nd), key=lambda at: maps[at].rows / whole[at])
+    # What shrinks first, and rows before anything grows: the less is sent.
+    grows = [maps[at].rows / whole[at] for at in range(nd)]
+    order = sorted(range(nd), key=lambda at: min(grows[at], 1.0) if at == nd + dim else grows[at])
     return step, tuple((at - nd, keys[at]) for at in order)
 
 
@@ -376,12 +378,12 @@ _parts: dict[str, _Part] = {}
 """Parts by key: operators that torch.compile traces can carry a string."""
 
 
-def _part_of(along: _Along, part: tuple[int, int, int, int]) -> str:
+def _part_of(along: Along, part: tuple[int, int, int, int]) -> str:
     """The key of a map of ``rows`` input rows from ``start`` on to ``out`` output rows from ``first`` on."""
     key = f"{tuple(along)} {part}"
     if key not in _parts:
         start, rows, first, out = part
-        the_map = _map_of(along)
+        the_map = map_of(along)
 
         def own(taps: _Taps) -> tuple[Tensor, Tensor, Tensor | None]:
             mine = (taps.out >= first) & (taps.out < first + out)
