@@ -271,13 +271,3 @@ def resampling(source: RowPartition, target: RowPartition, first: tuple[int, ...
         return range(min(first[start:stop]), max(last[start:stop]) + 1)
 
     return _footprint(source, target, need, EdgeRule())
-
-
-def upsampling(source: RowPartition, factor: int, reach: int) -> Footprint:
-    """Interpolation by a whole factor: output row ``i`` reads ``reach`` rows around input row ``i // factor``."""
-
-    def need(start: int, stop: int) -> range:
-        first, last = start // factor - reach, (stop - 1) // factor + reach
-        return range(max(0, first), min(source.rows, last + 1))
-
-    return _footprint(source, source.upsampled(factor), need, EdgeRule("replicate"))

@@ -3,20 +3,95 @@
 They take and return this rank's rows. The sharded dim is ``dim``; ``partition`` says who holds which rows of the input.
 """
 
-from credit_domain.functional.conv import (
-    conv1d,
-    conv2d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
+from credit_domain.functional.adaptive_pool import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
 )
+from credit_domain.functional.boundary import pad_boundary, unpad_boundary
+from credit_domain.functional.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from credit_domain.functional.dropout import (
+    alpha_dropout,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    feature_alpha_dropout,
+)
+from credit_domain.functional.interpolate import interpolate
+from credit_domain.functional.norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from credit_domain.functional.pad import pad
+from credit_domain.functional.pixel import pixel_shuffle, pixel_unshuffle
+from credit_domain.functional.pool import (
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    lp_pool1d,
+    lp_pool2d,
+    lp_pool3d,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+)
+from credit_domain.functional.reduce import amax, amin, logsumexp, mean, softmax, std, sum, var, var_mean
+from credit_domain.functional.rows import crop, flip, partition_of, regroup, regroup_back, repartition, roll
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "alpha_dropout",
+    "amax",
+    "amin",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "batch_norm",
     "conv1d",
     "conv2d",
     "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "crop",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+    "flip",
+    "group_norm",
+    "instance_norm",
+    "interpolate",
+    "layer_norm",
+    "logsumexp",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "mean",
+    "pad",
+    "pad_boundary",
+    "partition_of",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "regroup",
+    "regroup_back",
+    "repartition",
+    "rms_norm",
+    "roll",
+    "softmax",
+    "std",
+    "sum",
+    "unpad_boundary",
+    "var",
+    "var_mean",
 ]

@@ -184,7 +184,9 @@ class _ConvTranspose(_Convolution):
             wanted[at] += m.dilation[at] * (m.kernel_size[at] - 1) + 1
             output_padding = m._output_padding(x, wanted, m.stride, m.padding, m.kernel_size, self.spatial, m.dilation)
         args = (m.stride, m.padding, tuple(output_padding), m.groups, m.dilation, self._dim, None, self.manager)
-        return conv_transpose(self.spatial, x, self.weight, self.bias, *args, self.label, layer=self._layer, output_rows=rows)
+        return conv_transpose(
+            self.spatial, x, self.weight, self.bias, *args, self.label, layer=self._layer, output_rows=rows
+        )
 
 
 class DomainParallelConvTranspose1d(_ConvTranspose):

@@ -1,0 +1,391 @@
+"""Turning a model for one rank into one for sharded rows, with nothing passed over in silence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.layers.interpolate import DomainParallelInterpolate
+from credit_domain.rules import Fate, decide, needs_halo
+from credit_domain.stride import granularity_of, window_sizes_of
+from credit_mesh import DomainParallelManager
+
+logger = logging.getLogger(__name__)
+
+ConverterKey = type[nn.Module] | str | Callable[[nn.Module], bool]
+"""What a custom converter is for: a type, a class path such as ``"package.module.Class"``, or a predicate."""
+
+Converter = Callable[..., nn.Module]
+"""Makes the module that stands in for another, which is its argument. One that has parameters ``shard_dim`` or ``label``
+is told the sharded dim and the module's name. One with an attribute ``visits_children`` that is true, as an
+:class:`credit_domain.adapters.base.Adapter` has, gets the children converted as well."""
+
+
+@dataclass(frozen=True)
+class ConvertedModule:
+    """One line of a :class:`ConversionReport`: a module, what became of it, and why."""
+
+    name: str
+    kind: str
+    fate: Fate
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did; prints as a table.
+
+    Attributes:
+        modules: Each module once, in the order of ``model.named_modules()``; those inside a module that a custom
+            converter replaced are left out.
+        granularity: Rows in a block of the partition of the model's input: the model's total stride, times declared
+            windows.
+    """
+
+    modules: tuple[ConvertedModule, ...]
+    granularity: int = 1
+
+    def of(self, fate: Fate) -> tuple[ConvertedModule, ...]:
+        """The modules with this fate."""
+        return tuple(module for module in self.modules if module.fate == fate)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.of('converted'))} modules converted, {len(self.of('local'))} local, "
+            f"{len(self.of('own code'))} with code of their own; rows come in blocks of {self.granularity}"
+        ]
+        for fate in ("converted", "own code"):
+            for module in self.of(fate):
+                lines.append(f"  {fate:9}  {module.name or '(model)'}: {module.kind}, {module.reason}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Plan:
+    replace: dict[int, Callable[[str], nn.Module]] = field(default_factory=dict)
+    lines: list[ConvertedModule] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+
+
+def convert_to_domain_parallel(
+    model: nn.Module,
+    manager: Any,
+    shard_dim: int = -2,
+    custom_converters: Mapping[Any, Converter] | None = None,
+    *,
+    local: Iterable[Any] = (),
+    input_shape: Sequence[int] | None = None,
+    window_sizes: Sequence[int] | None = None,
+) -> nn.Module:
+    """Convert a model, in place, so that it works on sharded rows with the numbers of one rank.
+
+    Layers of torch.nn that mix rows are wrapped (:mod:`credit_domain.layers`); those that do not are left alone; any
+    that could and has no rule is refused before anything is changed. Parameters stay the same objects under the same
+    names. What the ``forward`` of your own modules does with rows (``F.pad``, ``torch.roll``, a mean over rows) cannot
+    be seen from outside: :func:`credit_domain.verify_domain_parallel` finds it.
+
+    Args:
+        model: The model. Modules that are used in several places stay shared.
+        manager: The domain-parallel manager. With a single domain rank nothing is converted.
+        shard_dim: The sharded dim; -2 is latitude in (B, C, H, W) and (B, C, T, H, W).
+        custom_converters: What to do with modules that no rule knows: a mapping from a type (subclasses too, unless
+            they have an entry), a class path (``"package.module.Class"``) or a predicate on the module to a function
+            that takes the module and returns its replacement. They come before all rules, and children of what they
+            replace are skipped.
+        local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
+            and their children are left alone.
+        input_shape: Global shape of the model's input, for models whose total stride cannot be seen otherwise; see
+            :func:`credit_domain.stride.granularity_of`.
+        window_sizes: Rows in the windows of each level, for models that do not declare them.
+
+    Returns:
+        The model; the replacement, where the model itself is a layer that is converted.
+
+    Raises:
+        ValueError: If modules are refused: all of them, by name, with what to do. If ``shard_dim`` is not negative.
+
+    Collectives:
+        None. The converted model carries its manager (``_domain_parallel_manager``) and a :class:`ConversionReport`
+        (``_domain_parallel_report``), which is logged at INFO.
+    """
+    if manager is None or not isinstance(getattr(manager, "domain_parallel_size", None), int):
+        raise ValueError(f"manager must have a domain_parallel_size, as a DomainParallelManager has; got {manager!r}")
+    if getattr(model, "_domain_parallel_report", None) is not None:
+        logger.info("the model is converted already")
+        return model
+    shard_dim = _negative(shard_dim)
+    if manager.domain_parallel_size == 1:
+        return _finish(model, manager, ConversionReport(()))
+    plan = _plan(model, shard_dim, dict(custom_converters or {}), _Matcher(local))
+    if plan.refused:
+        raise ValueError(_refusal(plan.refused))
+    free = free_windows(model, custom_converters)
+    granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
+    if hasattr(manager, "granularity"):
+        _set_granularity(manager, granularity)
+    model = _apply(model, plan)
+    _settle(model, manager)
+    return _finish(model, manager, ConversionReport(tuple(plan.lines), granularity))
+
+
+def _negative(shard_dim: int) -> int:
+    """A dim counted from the first is that of (B, C, H, W)."""
+    dim = shard_dim - 4 if shard_dim >= 0 else shard_dim
+    if not -3 <= dim <= -1:
+        raise ValueError(f"shard_dim must be a spatial dim: -2 (latitude), -1 or -3; got {shard_dim}")
+    return dim
+
+
+class _Matcher:
+    """Tells whether a module was meant: by type, class path, qualified name, predicate or identity."""
+
+    def __init__(self, keys: Iterable[Any]) -> None:
+        self.keys = list(keys)
+
+    def __call__(self, name: str, module: nn.Module) -> Any:
+        """The key that a module matches, the most specific type first; None if there is none."""
+        for key in self.keys:
+            if isinstance(key, nn.Module):
+                if key is module:
+                    return key
+            elif isinstance(key, str) and key in (name, type(module).__name__, _path(type(module))):
+                return key
+        for base in type(module).__mro__:
+            if base in self.keys:
+                return base
+        for key in self.keys:
+            if callable(key) and not isinstance(key, (type, nn.Module)) and key(module):
+                return key
+        return None
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _plan(model: nn.Module, shard_dim: int, custom: dict[Any, Converter], local: _Matcher) -> _Plan:
+    plan, matches = _Plan(), _Matcher(custom)
+
+    def visit(name: str, module: nn.Module) -> None:
+        if id(module) in plan.names:
+            return
+        plan.names[id(module)] = name
+        kind = type(module).__name__
+        key = matches(name, module)
+        if key is not None:
+            converter = custom[key]
+            plan.replace[id(module)] = lambda label: _call(converter, module, shard_dim, label or kind)
+            plan.lines.append(ConvertedModule(name, kind, "converted", "by a custom converter"))
+            if _visits_children(converter):
+                visit_children(name, module)
+            return
+        if local(name, module) is not None:
+            plan.lines.append(ConvertedModule(name, kind, "local", "declared local"))
+            return
+        if isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
+            plan.lines.append(ConvertedModule(name, kind, "converted", "was domain-parallel already"))
+            return
+        decision = decide(module, shard_dim)
+        plan.lines.append(ConvertedModule(name, kind, decision.fate, decision.reason))
+        if decision.fate == "refused":
+            plan.refused.append(f"{name or '(the model itself)'} ({kind}): {decision.reason}")
+            return
+        if decision.wrap is not None:
+            wrap = decision.wrap
+            plan.replace[id(module)] = lambda label: wrap(module, shard_dim, label=label or kind)
+            return  # what a layer of torch holds inside (parametrisations) acts on parameters
+        visit_children(name, module)
+
+    def visit_children(name: str, module: nn.Module) -> None:
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child)
+
+    visit("", model)
+    return plan
+
+
+def _visits_children(converter: Converter) -> bool:
+    made_by = _maker(converter)
+    return bool(getattr(made_by.func if isinstance(made_by, functools.partial) else made_by, "visits_children", False))
+
+
+def _maker(converter: Converter) -> Converter:
+    """What a registered family converts by; any other converter itself."""
+    maker: Converter = getattr(converter, "converter", converter)
+    return maker
+
+
+def _call(converter: Converter, module: nn.Module, shard_dim: int, label: str) -> nn.Module:
+    """What a custom converter makes of a module."""
+    try:
+        known = inspect.signature(_maker(converter)).parameters
+    except (TypeError, ValueError):  # some callables written in C
+        return converter(module)
+    given = {name: value for name, value in (("shard_dim", shard_dim), ("label", label)) if name in known}
+    return _maker(converter)(module, **given)
+
+
+def refusals(
+    model: nn.Module, shard_dim: int, custom_converters: Mapping[Any, Converter] | None, local: Iterable[Any]
+) -> str:
+    """What :func:`convert_to_domain_parallel` would refuse, as its message; empty if nothing."""
+    plan = _plan(model, _negative(shard_dim), dict(custom_converters or {}), _Matcher(local))
+    return _refusal(plan.refused) if plan.refused else ""
+
+
+def custom_matches(model: nn.Module, custom_converters: Mapping[Any, Converter], local: Iterable[Any]) -> list[str]:
+    """Names of the modules that a custom converter replaces, with their children, or that are declared local."""
+    matches, is_local = _Matcher(custom_converters), _Matcher(local)
+    names = []
+    for name, module in model.named_modules():
+        key = matches(name, module)
+        if not _visits_children(custom_converters[key]) if key is not None else is_local(name, module) is not None:
+            names.append(name)
+    return names
+
+
+def free_windows(model: nn.Module, custom_converters: Mapping[Any, Converter] | None) -> list[str]:
+    """Names of the modules whose windows may begin anywhere once they are converted."""
+    keys = [key for key, converter in (custom_converters or {}).items() if getattr(converter, "any_rows", False)]
+    return custom_matches(model, dict.fromkeys(keys, _unchanged), ())
+
+
+def _unchanged(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _refusal(refused: Sequence[str]) -> str:
+    listed = "\n  ".join(refused)
+    return (
+        f"{len(refused)} modules may mix rows of different ranks and have no rule:\n  {listed}\n"
+        "For each, pass a replacement in custom_converters={Type: function}, or, if it mixes no rows, name it in "
+        "local=[...]. Nothing was changed."
+    )
+
+
+def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
+    """Put every replacement wherever the module that it replaces stands."""
+    made = {key: make(plan.names[key]) for key, make in plan.replace.items()}
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is not None and id(child) in made:
+                _replace_module(module, name, child, made[id(child)])
+    return made.get(id(model), model)
+
+
+def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_module: nn.Module) -> None:
+    """Replace a child module in the parent.
+
+    Args:
+        parent: The module that has the child.
+        name: Name of the child.
+        old_module: The child.
+        new_module: What takes its place, in the same position.
+
+    Raises:
+        ValueError: If the parent has another module of that name.
+    """
+    if parent._modules.get(name) is not old_module:
+        raise ValueError(f"{type(parent).__name__} has no child {name!r} that is the module to be replaced")
+    parent._modules[name] = new_module
+
+
+def _settle(model: nn.Module, manager: Any) -> None:
+    """Tell what custom converters made whose manager is theirs, and what they are called."""
+    for name, module in model.named_modules():
+        if isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
+            if module.manager is None and isinstance(manager, DomainParallelManager):
+                module.__dict__["manager"] = manager
+            if module.label == type(module).__name__ and name:
+                module.__dict__["label"] = name
+
+
+def _set_granularity(manager: Any, granularity: int) -> None:
+    try:
+        manager.granularity = granularity
+    except ValueError as error:
+        raise ValueError(f"the model needs rows in blocks of {granularity}: {error}") from None
+
+
+def _finish(model: nn.Module, manager: Any, report: ConversionReport) -> nn.Module:
+    model.__dict__["_domain_parallel_manager"] = manager
+    model.__dict__["_domain_parallel_report"] = report
+    logger.info("%s", report)
+    return model
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """What the conversion of a model did.
+
+    Raises:
+        ValueError: If the model is not converted.
+    """
+    report = getattr(model, "_domain_parallel_report", None)
+    if not isinstance(report, ConversionReport):
+        raise ValueError(f"{type(model).__name__} is not converted: call convert_to_domain_parallel first")
+    return report
+
+
+def _needs_halo_conv2d(conv: nn.Conv2d) -> bool:
+    """Check if a Conv2d needs rows of other ranks along H."""
+    return needs_halo(conv)
+
+
+def _needs_halo_conv3d(conv: nn.Conv3d) -> bool:
+    """Check if a Conv3d needs rows of other ranks along H."""
+    return needs_halo(conv)
+
+
+def _needs_halo_conv_transpose2d(conv: nn.ConvTranspose2d) -> bool:
+    """Check if a ConvTranspose2d needs rows of other ranks along H, or drops or adds any at the edges."""
+    return needs_halo(conv)
+
+
+def _needs_halo_conv_transpose3d(conv: nn.ConvTranspose3d) -> bool:
+    """Check if a ConvTranspose3d needs rows of other ranks along H, or drops or adds any at the edges."""
+    return needs_halo(conv)
+
+
+def validate_sharding_constraints(
+    model: nn.Module, local_h: int, window_sizes: Sequence[int] | None = None
+) -> list[str]:
+    """Check that the rows of a rank fit the model's windows at each level, after its strides.
+
+    The converted layers take any number of rows. Code of your own that cuts a rank's rows into windows does not.
+
+    Args:
+        model: The model to validate against.
+        local_h: Rows of each rank.
+        window_sizes: Rows in the windows of each level; None takes what the model's modules declare.
+
+    Returns:
+        What does not fit, in words; empty if everything does.
+
+    Raises:
+        ValueError: If ``local_h`` is not positive.
+    """
+    if local_h < 1:
+        raise ValueError(f"local_h must be at least 1; got {local_h}")
+    warnings: list[str] = []
+    strides: set[int] = set()
+    for level in window_sizes_of(model, window_sizes):
+        rows, left = divmod(local_h, level.stride)
+        if left and level.stride in strides:
+            continue  # said already
+        strides.add(level.stride)
+        if left:
+            warnings.append(f"{level.where}: {local_h} rows are no multiple of the total stride {level.stride}")
+        elif level.window and rows % level.window:
+            warnings.append(
+                f"{level.where}: {local_h} rows are {rows} after a total stride of {level.stride}, no multiple of the "
+                f"window of {level.window} rows"
+            )
+    return warnings

@@ -1,0 +1,115 @@
+"""Running a model for its shapes alone: on the meta device, in one process, without data or memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a module.
+
+    Attributes:
+        name: Qualified name of the module.
+        module: The module, with parameters on the meta device.
+        input: Shape of its first tensor argument.
+        output: Shape of its (first) result.
+        dtype: Of its first tensor argument.
+    """
+
+    name: str
+    module: nn.Module
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> list[LayerCall]:
+    """Run a copy of a model on the meta device and list the calls of the modules to watch, in order.
+
+    Args:
+        model: The model; it is not touched.
+        inputs: Shape of its input; or a tuple of arguments or a dict of keyword arguments, each a shape, a tensor or
+            anything else that ``forward`` takes.
+        watch: Which modules to list.
+
+    Raises:
+        ValueError: If the model cannot be run for its shapes, with what it said.
+    """
+    ghost = meta_copy(model)
+    args, kwargs = _arguments(inputs, ghost)
+    calls: list[LayerCall] = []
+    running: list[str] = []
+    for name, module in ghost.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: running.append(name))
+        module.register_forward_hook(lambda module, args, output: _left(running))
+        if watch(module):
+            module.register_forward_hook(_listing(name, calls), with_kwargs=True)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            ghost(*args, **kwargs)
+    except Exception as error:
+        where = f" (in {running[-1]})" if running and running[-1] else ""
+        raise ValueError(
+            f"{type(model).__name__} could not be run for its shapes alone{where}: {type(error).__name__}: {error}"
+        ) from error
+    return calls
+
+
+def _left(running: list[str]) -> None:
+    running.pop()
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors are all on the meta device, made without copying any of them."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = torch.empty_like(value, device="meta")
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                ghost = torch.empty_like(parameter, device="meta")
+                memo[id(parameter)] = nn.Parameter(ghost, requires_grad=parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _listing(name: str, calls: list[LayerCall]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        source = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        result = output if isinstance(output, Tensor) else next((v for v in output if isinstance(v, Tensor)), None)
+        if source is not None and result is not None:
+            calls.append(LayerCall(name, module, tuple(source.shape), tuple(result.shape), source.dtype))
+
+    return hook
+
+
+def _arguments(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def ghost(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_like(value, device="meta")
+        return torch.empty(tuple(value), dtype=dtype, device="meta") if is_shape(value) else value
+
+    if isinstance(inputs, Mapping):
+        return (), {name: ghost(value) for name, value in inputs.items()}
+    if isinstance(inputs, Tensor) or is_shape(inputs):
+        return (ghost(inputs),), {}
+    return tuple(ghost(value) for value in inputs), {}
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a value is a shape: a sequence of two integers or more."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) < 2:
+        return False
+    return all(isinstance(size, int) and not isinstance(size, bool) for size in value)

@@ -1,0 +1,94 @@
+"""Comparing what ranks hold with what one rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the shards of a tensor compare with the whole.
+
+    Attributes:
+        dim: The dim that they are shards along; None where every rank holds all of it.
+        error: Largest absolute difference, relative to the largest absolute value of the whole.
+        rows: Rows along that dim (the sharded dim of the model for whole tensors) where the error is too large.
+        sizes: Rows of each rank.
+    """
+
+    dim: int | None
+    error: float
+    rows: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+def sharded_dim(whole: Sequence[int], shards: Sequence[Sequence[int]], preferred: int) -> int | None:
+    """The dim along which shapes add up to the whole, counted from the last; the preferred one where several do.
+
+    Raises:
+        LookupError: If there is none, and the ranks do not all hold the whole either.
+    """
+    if all(tuple(shard) == tuple(whole) for shard in shards):
+        return None
+    ndim = len(whole)
+    if all(len(shard) == ndim for shard in shards):
+        for dim in sorted(range(-ndim, 0), key=lambda d: (d != preferred, d)):
+            others = [d for d in range(-ndim, 0) if d != dim]
+            if sum(shard[dim] for shard in shards) == whole[dim] and all(
+                shard[d] == whole[d] for shard in shards for d in others
+            ):
+                return dim
+    raise LookupError(f"the shapes {', '.join(str(tuple(s)) for s in shards)} are no shards of {tuple(whole)}")
+
+
+def compare(whole: Tensor, shards: Sequence[Tensor], preferred: int, tolerance: float) -> Comparison:
+    """Compare shards with the whole; where only the number of rows does not add up, the error is infinite.
+
+    Raises:
+        LookupError: If they cannot be shards of it.
+    """
+    shapes = [shard.shape for shard in shards]
+    try:
+        dim = sharded_dim(whole.shape, shapes, preferred)
+    except LookupError:
+        if whole.ndim < -preferred or any(_but(shape, preferred) != _but(whole.shape, preferred) for shape in shapes):
+            raise
+        return Comparison(preferred, float("inf"), (), tuple(shape[preferred] for shape in shapes))
+    if dim is None:
+        worst = max((compare_whole(whole, shard) for shard in shards), default=0.0)
+        return Comparison(None, worst)
+    whole = _numbers(whole)
+    difference = (_numbers(torch.cat(list(shards), dim)) - whole).abs()
+    scale = _scale(whole)
+    others = [d for d in range(-whole.ndim, 0) if d != dim]
+    by_row = difference.amax(others) if others and difference.numel() else difference.reshape(-1)
+    bad = ~(by_row <= tolerance * scale)
+    error = float(difference.max()) / scale if difference.numel() else 0.0
+    return Comparison(dim, error, tuple(bad.nonzero().flatten().tolist()), tuple(shard.shape[dim] for shard in shards))
+
+
+def compare_whole(whole: Tensor, other: Tensor, least: float = 0.0) -> float:
+    """Largest absolute difference of two tensors of one shape, relative to the largest absolute value of the first.
+
+    ``least`` is the smallest value to be relative to: a gradient that is zero but for rounding has no scale of its own.
+    """
+    if not whole.numel():
+        return 0.0
+    whole, other = _numbers(whole), _numbers(other)
+    return float((whole - other).abs().max()) / max(_scale(whole), least)
+
+
+def _but(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return tuple(size for d, size in enumerate(shape) if d != dim + len(shape))
+
+
+def _numbers(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() or x.is_complex() else x.double()
+
+
+def _scale(whole: Tensor) -> float:
+    return float(whole.abs().max()) or 1.0 if whole.numel() else 1.0

@@ -1,0 +1,203 @@
+"""Watching a model run: which module got and gave which tensors, in the order of execution."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Key = tuple[str, str, int]
+"""``enter`` or ``exit``, the qualified name of a module, and which of its calls it is."""
+
+
+@dataclass
+class Event:
+    """A module is called, or returns.
+
+    Attributes:
+        key: Which event.
+        caller: Name of the module whose forward made the call.
+        tensors: What it got, or gave, by path.
+        gradients: The gradients that arrived there in backward, by path.
+        calls: Functions that may mix rows which the caller used since the event before.
+    """
+
+    key: Key
+    caller: str
+    tensors: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    calls: tuple[str, ...] = ()
+
+
+class Recorder:
+    """Records the events of a model's forward, with everything random held fixed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.events: list[Event] = []
+        self.stack: list[str] = []
+        self.noise: dict[str, int] = {}
+        self.names = {id(module): name for name, module in model.named_modules()}
+        # Inside these, tensors hold rows of other ranks; what comes out of them is compared.
+        regrouped = [n for n, module in model.named_modules() if getattr(module, "holds_other_rows", False)]
+        self.elsewhere = tuple(f"{name}." if name else "" for name in regrouped)
+        self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        self._counts: dict[tuple[str, str], int] = {}
+        self._suspects: list[str] = []
+        self._on = False
+        for module in model.modules():
+            module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            module.register_forward_hook(self._exit, with_kwargs=True)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside; recomputation in a later backward is not recorded."""
+        self._on = True
+        with _Watch(self):
+            try:
+                yield
+            finally:
+                self._on = False
+
+    def saw(self, function: str) -> None:
+        """A function that may mix rows was called."""
+        if self._on and function not in self._suspects:
+            self._suspects.append(function)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._on:
+            name = self.names.get(id(module), "?")
+            self._add("enter", name, {"args": args, "kwargs": kwargs})
+            self.stack.append(name)
+
+    def _exit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._on:
+            name = self.stack.pop()
+            self._add("exit", name, {"out": output})
+
+    def _add(self, kind: str, name: str, values: dict[str, Any]) -> None:
+        count = self._counts[kind, name] = self._counts.get((kind, name), -1) + 1
+        tensors = dict(tensors_in(values))
+        event = Event((kind, name, count), self.stack[-1] if self.stack else "", {}, calls=tuple(self._suspects))
+        self._suspects = []
+        for path, tensor in tensors.items():
+            event.tensors[path] = tensor.detach().clone()
+            if tensor.requires_grad:
+                tensor.register_hook(  # type: ignore[no-untyped-call]
+                    lambda grad, path=path: event.gradients.__setitem__(path, grad.detach().clone())
+                )
+        self.events.append(event)
+
+
+def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested containers, with their paths."""
+    if isinstance(value, Tensor):
+        yield path.lstrip("."), value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from tensors_in(item, f"{path}.{name}")
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from tensors_in(item, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, item.name), f"{path}.{item.name}")
+
+
+FIXED_NOISE = 0.5
+"""What everything random returns while a model is verified."""
+
+_DROPOUT = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+_NOISE = {torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.normal, torch.bernoulli}
+_NOISE_IN_PLACE = {Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_}
+_MIXES_ROWS: dict[Any, str] = {
+    F.pad: "F.pad",
+    torch.roll: "torch.roll",
+    Tensor.roll: "Tensor.roll",
+    torch.flip: "torch.flip",
+    Tensor.flip: "Tensor.flip",
+    F.interpolate: "F.interpolate",
+    F.scaled_dot_product_attention: "F.scaled_dot_product_attention",
+    F.grid_sample: "F.grid_sample",
+    F.unfold: "F.unfold",
+    F.fold: "F.fold",
+    torch.mean: "torch.mean",
+    Tensor.mean: "Tensor.mean",
+    torch.sum: "torch.sum",
+    Tensor.sum: "Tensor.sum",
+    torch.amax: "torch.amax",
+    Tensor.amax: "Tensor.amax",
+    torch.max: "torch.max",
+    Tensor.max: "Tensor.max",
+    torch.var: "torch.var",
+    Tensor.var: "Tensor.var",
+    torch.std: "torch.std",
+    Tensor.std: "Tensor.std",
+    torch.cumsum: "torch.cumsum",
+    Tensor.cumsum: "Tensor.cumsum",
+    F.softmax: "F.softmax",
+    torch.softmax: "torch.softmax",
+    Tensor.softmax: "Tensor.softmax",
+    torch.matmul: "torch.matmul",
+    Tensor.matmul: "Tensor.matmul",
+    Tensor.__matmul__: "@",
+    torch.einsum: "torch.einsum",
+    torch.bmm: "torch.bmm",
+    F.conv2d: "F.conv2d",
+    F.conv3d: "F.conv3d",
+    F.max_pool2d: "F.max_pool2d",
+    F.avg_pool2d: "F.avg_pool2d",
+    F.adaptive_avg_pool2d: "F.adaptive_avg_pool2d",
+    F.layer_norm: "F.layer_norm",
+    F.group_norm: "F.group_norm",
+    F.instance_norm: "F.instance_norm",
+    F.batch_norm: "F.batch_norm",
+    torch.fft.fft: "torch.fft.fft",
+    torch.fft.rfft: "torch.fft.rfft",
+    torch.fft.fft2: "torch.fft.fft2",
+    torch.fft.rfft2: "torch.fft.rfft2",
+}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes functions that may mix rows, and makes random ones return what does not depend on the layout."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = _MIXES_ROWS.get(func)
+        if name is not None:
+            self.recorder.saw(name)
+        if func in _DROPOUT:
+            self._note("dropout")
+            return args[0] if args else kwargs["input"]
+        if func in _NOISE:
+            self._note(func.__name__)
+            return func(*args, **kwargs).fill_(FIXED_NOISE)
+        if func in _NOISE_IN_PLACE:
+            self._note(func.__name__)
+            return args[0].fill_(FIXED_NOISE)
+        return func(*args, **kwargs)
+
+    def _note(self, name: str) -> None:
+        self.recorder.noise[name] = self.recorder.noise.get(name, 0) + 1
+
+
+def without_dropout(model: nn.Module) -> list[str]:
+    """Set the dropout of a model to 0; the names of the modules that had any."""
+    names = []
+    for name, module in model.named_modules():
+        p: Any = getattr(module, "p", None)
+        if "Dropout" in type(module).__name__ and isinstance(p, float) and p:
+            module.p = 0.0
+            names.append(name)
+    return names

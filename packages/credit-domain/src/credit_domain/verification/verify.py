@@ -1,0 +1,443 @@
+"""Running a model whole and sharded, and comparing all that comes out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from credit_domain.convert import Converter, convert_to_domain_parallel, free_windows, refusals
+from credit_domain.sharding import shard_tensor
+from credit_domain.stride import granularity_of
+from credit_domain.trace import is_shape
+from credit_domain.verification.compare import compare, compare_whole, sharded_dim
+from credit_domain.verification.record import FIXED_NOISE, Event, Key, Recorder, tensors_in, without_dropout
+from credit_domain.verification.report import Difference, VerificationReport, seams_near
+from credit_halo.testing import RankError, run_threads
+from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_parallel
+
+_OWN_CODE = (
+    "its forward does something with rows that a rank cannot do alone{calls}: use credit_domain.functional there, or "
+    "replace the module by a custom converter"
+)
+
+
+@dataclass
+class _Run:
+    """What one rank, or the whole, did."""
+
+    recorder: Recorder | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor | None] = field(default_factory=dict)
+    failed_in: str = ""
+
+
+def verify_domain_parallel(
+    model: nn.Module | Callable[[], nn.Module],
+    inputs: Any,
+    ranks: int = 3,
+    *,
+    shard_dim: int = -2,
+    custom_converters: Mapping[Any, Converter] | None = None,
+    local: Iterable[Any] = (),
+    convert: Callable[[nn.Module, DomainParallelManager], nn.Module] | None = None,
+    partition: RowPartition | None = None,
+    tolerance: float = 1e-9,
+    seed: int = 0,
+    timeout: float = 300.0,
+) -> VerificationReport:
+    """Prove that a model gives the numbers of one rank when its rows are sharded, or say where it does not.
+
+    Runs the model whole, converts a copy of it for each rank, runs these on threads of this process, each on its rows,
+    and compares outputs, input gradients and every parameter gradient, in float64, with a random weighting of the
+    outputs as loss. Needs no launcher, no GPU and no process group; the model that is passed is not touched. Use a
+    small input: rows that exceed a few windows or total strides for each rank show all that large ones would.
+
+    .. code-block:: python
+
+        report = verify_domain_parallel(MyUNet(), (1, 8, 41, 64), ranks=3)
+        print(report)
+
+    Args:
+        model: The plain model, or a function that makes it.
+        inputs: Shape of its input; or a tuple of arguments or a dict of keyword arguments, each a shape (filled with
+            random numbers), a tensor, or anything else that ``forward`` takes. Floating-point tensors of three or more
+            dims that have as many rows as the first one are sharded.
+        ranks: Number of domain ranks; with fewer than 3 no rank has two neighbours.
+        shard_dim: The sharded dim.
+        custom_converters: As for :func:`credit_domain.convert_to_domain_parallel`, like ``local``.
+        local: See ``custom_converters``.
+        convert: Converts the model in place of :func:`credit_domain.convert_to_domain_parallel`.
+        partition: How to divide the rows; None takes what ``manager.declare`` would.
+        tolerance: The largest error, relative to the largest value of what is compared, that counts as rounding.
+        seed: Of the random inputs and of the loss.
+        timeout: Seconds after which ranks that wait for each other give up.
+
+    Returns:
+        A report that prints as a short table, is true if everything agrees, and otherwise names the first module whose
+        result differs.
+
+    Raises:
+        ValueError: If the inputs have no rows to shard, the conversion refuses modules, or torch.distributed is
+            initialised (verify before that: the ranks run as threads of this process).
+
+    Dropout is set to 0 and whatever is drawn at random is a constant, in both runs; the report says so.
+    """
+    if dist.is_initialized():
+        raise ValueError("verify_domain_parallel starts ranks of its own: call it before init_process_group")
+    plain = model if isinstance(model, nn.Module) else model()
+    plain = copy.deepcopy(plain).double()
+    notes = [f"dropout of {', '.join(names)} set to 0"] if (names := without_dropout(plain)) else []
+    arguments = _arguments(inputs, seed)
+    rows = _rows_of(arguments, shard_dim)
+    local = list(local)
+    if convert is None and (refused := refusals(plain, shard_dim, custom_converters, local)):
+        raise ValueError(refused)
+    granularity = _granularity(plain, arguments, shard_dim, free_windows(plain, custom_converters))
+
+    def converted(manager: DomainParallelManager) -> nn.Module:
+        twin = copy.deepcopy(plain)
+        if convert is not None:
+            return convert(twin, manager)
+        return convert_to_domain_parallel(twin, manager, shard_dim, custom_converters, local=local)
+
+    whole = _Run()
+    reference = copy.deepcopy(plain)
+    _forward(reference, _leaves(arguments), whole)
+    assert whole.recorder is not None
+    for kind, count in sorted(whole.recorder.noise.items()):
+        notes.append(
+            f"{kind} held fixed ({count} calls)" if kind == "dropout" else f"{kind} gives {FIXED_NOISE} ({count} calls)"
+        )
+    factors = _factors(whole.outputs, seed)
+    _backward(reference, whole, factors)
+
+    runs = [_Run() for _ in range(ranks)]
+    shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+    divided: list[RowPartition] = []
+
+    def rank_main(rank: int) -> None:
+        manager = initialize_domain_parallel(ranks, ranks, shard_dim)
+        twin = converted(manager)
+        if granularity is not None:
+            manager.granularity = granularity
+        own = manager.declare(rows if partition is None else partition)
+        if rank == 0:
+            divided.append(own)
+        mine = {
+            path: shard_tensor(value, shard_dim, manager) if _has_rows(value, rows, shard_dim) else value
+            for path, value in arguments.items()
+        }
+        run = runs[rank]
+        _forward(twin, _leaves(mine), run)
+        shapes[rank] = {path: tuple(out.shape) for path, out in run.outputs.items()}
+        dist.barrier()
+        try:
+            own_factors = _own_factors(factors, shapes, rank, ranks, shard_dim)
+        except LookupError:
+            return  # compared, and reported, below; on all ranks alike
+        _backward(twin, run, own_factors)
+
+    error: RankError | None = None
+    try:
+        run_threads(rank_main, ranks, timeout=timeout)
+    except RankError as failure:
+        error = failure
+        unfit = next((e for e in failure.errors.values() if isinstance(e, ValueError)), None)
+        if unfit is not None and all(run.recorder is None for run in runs):
+            raise ValueError(str(unfit)) from failure  # the conversion refused, or the rows do not divide
+    return _report(whole, runs, error, divided[0] if divided else partition, shard_dim, tolerance, notes, rows)
+
+
+# The two runs
+
+
+def _arguments(inputs: Any, seed: int) -> dict[str, Any]:
+    """Arguments by name, or by position as text; shapes become random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def value(given: Any) -> Any:
+        if isinstance(given, Tensor):
+            return given.detach().double() if given.is_floating_point() else given.detach()
+        return torch.randn(tuple(given), dtype=torch.float64, generator=generator) if is_shape(given) else given
+
+    if isinstance(inputs, Mapping):
+        return {name: value(given) for name, given in inputs.items()}
+    listed = (inputs,) if isinstance(inputs, Tensor) or is_shape(inputs) else tuple(inputs)
+    return {str(i): value(given) for i, given in enumerate(listed)}
+
+
+def _granularity(
+    model: nn.Module, arguments: Mapping[str, Any], shard_dim: int, free: Collection[str]
+) -> int | None:
+    """The model's total stride at these inputs; None where it cannot be run for its shapes."""
+    positional = [value for name, value in arguments.items() if name.isdigit()]
+    try:
+        return granularity_of(model, shard_dim, input_shape=tuple(positional) if positional else arguments, free=free)
+    except ValueError:
+        return None
+
+
+def _rows_of(arguments: Mapping[str, Any], shard_dim: int) -> int:
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point():
+            return int(value.shape[shard_dim])
+    raise ValueError("no input has rows to shard: expected a floating-point tensor of three or more dims")
+
+
+def _has_rows(value: Any, rows: int, shard_dim: int) -> bool:
+    if not isinstance(value, Tensor) or value.ndim < 3 or not value.is_floating_point():
+        return False
+    return value.shape[shard_dim] == rows
+
+
+def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().clone().requires_grad_()
+        return value
+
+    return {name: leaf(value) for name, value in arguments.items()}
+
+
+def _forward(model: nn.Module, arguments: dict[str, Any], run: _Run) -> None:
+    run.recorder = Recorder(model)
+    run.inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad}
+    positional = [value for name, value in arguments.items() if name.isdigit()]
+    named = {name: value for name, value in arguments.items() if not name.isdigit()}
+    try:
+        with run.recorder.recording():
+            out = model(*positional, **named)
+    except Exception:
+        run.failed_in = run.recorder.stack[-1] if run.recorder.stack else ""
+        raise
+    found = {path or "output": value for path, value in tensors_in(out)}
+    run.outputs = {path: value for path, value in found.items() if value.is_floating_point() or value.is_complex()}
+
+
+def _factors(outputs: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return {path: torch.randn(out.shape, dtype=out.dtype, generator=generator) for path, out in outputs.items()}
+
+
+def _own_factors(
+    factors: Mapping[str, Tensor], shapes: Mapping[int, dict[str, tuple[int, ...]]], rank: int, ranks: int, dim: int
+) -> dict[str, Tensor]:
+    """This rank's part of the loss; of an output that all ranks hold, its share."""
+    mine = {}
+    for path, factor in factors.items():
+        parts = [shapes[r].get(path, ()) for r in range(ranks)]
+        along = sharded_dim(factor.shape, parts, dim)
+        if along is None:
+            mine[path] = factor / ranks
+        else:
+            start = sum(part[along] for part in parts[:rank])
+            mine[path] = factor.narrow(along, start, parts[rank][along])
+    return mine
+
+
+def _backward(model: nn.Module, run: _Run, factors: Mapping[str, Tensor]) -> None:
+    terms = [(out * factors[path]).sum() for path, out in run.outputs.items() if out.requires_grad]
+    if terms:
+        total = sum(terms[1:], terms[0])
+        (total.real if total.is_complex() else total).backward()  # type: ignore[no-untyped-call]
+    run.parameters = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# What they say
+
+
+def _report(
+    whole: _Run,
+    runs: list[_Run],
+    error: RankError | None,
+    partition: RowPartition | None,
+    shard_dim: int,
+    tolerance: float,
+    notes: list[str],
+    rows: int,
+) -> VerificationReport:
+    def report(difference: Difference | None, **errors: dict[str, float]) -> VerificationReport:
+        found = {kind: errors.get(kind, {}) for kind in ("outputs", "input_gradients", "parameter_gradients")}
+        return VerificationReport(
+            ok=difference is None,
+            ranks=len(runs),
+            partition=partition,
+            **found,
+            tolerance=tolerance,
+            difference=difference,
+            notes=tuple(notes),
+        )
+
+    comparison = _Events(whole, runs, shard_dim, tolerance)
+    if error is not None:
+        return report(comparison.first_difference() or _failure(whole, runs, error, comparison))
+    outputs = {}
+    for path, out in whole.outputs.items():
+        parts = [run.outputs.get(path) for run in runs]
+        try:
+            outputs[path] = compare(
+                out.detach(), [p.detach() for p in parts if p is not None], shard_dim, tolerance
+            ).error
+        except LookupError:
+            outputs[path] = float("nan")
+    if any(not value <= tolerance for value in outputs.values()):
+        return report(comparison.first_difference() or _shapes(whole, runs), outputs=outputs)
+
+    inputs = {}
+    for name, value in whole.inputs.items():
+        if value.grad is None:
+            continue
+        grads = [run.inputs[name].grad for run in runs]
+        found = [torch.zeros_like(run.inputs[name]) if g is None else g for run, g in zip(runs, grads, strict=True)]
+        if _has_rows(value, rows, shard_dim):
+            inputs[name] = compare(value.grad, found, shard_dim, tolerance).error
+        else:  # all ranks hold it, and each has its share of the gradient
+            inputs[name] = compare_whole(value.grad, torch.stack(found).sum(0))
+    parameters = {}
+    largest = max((float(g.abs().max()) for g in whole.parameters.values() if g is not None and g.numel()), default=0.0)
+    for name, grad in whole.parameters.items():
+        shares = [share for run in runs if (share := run.parameters.get(name)) is not None]
+        if grad is not None or shares:
+            expected = torch.zeros_like(shares[0]) if grad is None else grad
+            parameters[name] = compare_whole(expected, sum(shares, torch.zeros_like(expected)), 1e-4 * largest)
+    wrong = any(not value <= tolerance for value in (*inputs.values(), *parameters.values()))
+    difference = comparison.first_backward_difference(parameters) if wrong else None
+    return report(difference, outputs=outputs, input_gradients=inputs, parameter_gradients=parameters)
+
+
+class _Events:
+    """The events of all runs, side by side."""
+
+    def __init__(self, whole: _Run, runs: list[_Run], shard_dim: int, tolerance: float) -> None:
+        assert whole.recorder is not None
+        self.kinds = whole.recorder.kinds
+        recorders = [run.recorder for run in runs if run.recorder is not None]
+        by_key: list[dict[Key, Event]] = [{event.key: event for event in recorder.events} for recorder in recorders]
+        self.pairs = [
+            (event, [events[event.key] for events in by_key])
+            for event in whole.recorder.events
+            if by_key
+            and all(event.key in events for events in by_key)
+            and not event.key[1].startswith(recorders[0].elsewhere)
+        ]
+        self.shard_dim, self.tolerance = shard_dim, tolerance
+
+    def first_difference(self) -> Difference | None:
+        """The first event, in the order of execution, whose tensors differ."""
+        before = ""
+        for event, others in self.pairs:
+            for path, tensor in event.tensors.items():
+                bad = self._differs(tensor, [other.tensors.get(path) for other in others])
+                if bad is not None:
+                    return self._forward_difference(event, bad, before)
+            if event.key[0] == "exit":
+                before = event.key[1]
+        return None
+
+    def _differs(self, whole: Tensor, parts: list[Tensor | None]) -> Any:
+        if any(part is None for part in parts):
+            return None
+        try:
+            found = compare(whole, [part for part in parts if part is not None], self.shard_dim, self.tolerance)
+        except LookupError:
+            return None  # cut into windows or tokens in a way of their own: the modules after it tell
+        if found.dim == -whole.ndim and found.dim != self.shard_dim:
+            return None  # shards of the batch: windows of several samples lie in another order
+        return None if found.error <= self.tolerance else found
+
+    def _forward_difference(self, event: Event, found: Any, before: str) -> Difference:
+        kind, name, _ = event.key
+        seams = seams_near(found.rows, found.sizes) if found.sizes else ()
+        whole = next(iter(event.tensors.values()))
+        held = f" (of {whole.shape[self.shard_dim]} rows the ranks have {', '.join(map(str, found.sizes))})"
+        held = held if found.error == float("inf") else ""
+        common = {"error": found.error, "rows": found.rows, "seams": seams}
+        calls = f" ({', '.join(event.calls)})" if event.calls else ""
+        if kind == "enter":  # what the caller computed before it called
+            after = f" after {before}" if before and before != event.caller else ""
+            what = f"what it computes{after} and passes to {name} differs{held}"
+            return Difference(
+                "forward", event.caller, self._kind(event.caller), what, **common, advice=_OWN_CODE.format(calls=calls)
+            )
+        children = any(other.startswith(f"{name}." if name else "") and other != name for other in self.kinds)
+        what = f"its result differs{held}" + (f", though that of {before} does not" if children and before else "")
+        return Difference("forward", name, self._kind(name), what, **common, advice=_OWN_CODE.format(calls=calls))
+
+    def first_backward_difference(self, parameters: Mapping[str, float]) -> Difference:
+        """The first event, in the order of backward, whose gradients differ."""
+        after = ""
+        for event, others in reversed(self.pairs):
+            kind, name, _ = event.key
+            for path, grad in event.gradients.items():
+                bad = self._differs(grad, [other.gradients.get(path) for other in others])
+                if bad is None:
+                    continue
+                where = name if kind == "enter" else event.caller
+                what = (
+                    "its result is right, and the gradient of its input differs"
+                    if kind == "enter"
+                    else f"the gradient that its forward passes back to {name} differs"
+                    + (f", though that of {after} does not" if after and after != where else "")
+                )
+                seams = seams_near(bad.rows, bad.sizes) if bad.sizes else ()
+                advice = (
+                    "something in its forward drops or miscounts a gradient (a plain torch.distributed reduction drops "
+                    "it): use the differentiable functions of credit_domain.functional"
+                )
+                return Difference("backward", where, self._kind(where), what, bad.error, bad.rows, seams, advice)
+            after = name
+        worst = max(parameters, key=lambda name: parameters[name], default="")
+        owner = worst.rpartition(".")[0]
+        return Difference(
+            "backward",
+            owner,
+            self._kind(owner),
+            f"the gradient of {worst} differs, though those of all activations agree",
+            parameters.get(worst, float("nan")),
+            advice="its forward uses the parameter for other rows than this rank's, or on all ranks alike",
+        )
+
+    def _kind(self, name: str) -> str:
+        return self.kinds.get(name, "?")
+
+
+def _failure(whole: _Run, runs: list[_Run], error: RankError, events: _Events) -> Difference:
+    """Which module raised, on the rank that raised for a reason of its own."""
+    own = {rank: e for rank, e in error.errors.items() if not _only_told(e)} or dict(error.errors)
+    rank, raised = next(iter(sorted(own.items())), (0, error))
+    name = runs[rank].failed_in
+    return Difference(
+        "failed",
+        name,
+        events._kind(name),
+        f"raised on rank {rank}: {type(raised).__name__}: {raised}",
+        advice="up to there all ranks agree with the whole: what its forward expects of shapes holds for the whole "
+        "only, or rows of one height lie on different ranks (see granularity)",
+    )
+
+
+def _only_told(error: BaseException) -> bool:
+    """Whether a rank failed because another one did."""
+    text = str(error)
+    return isinstance(error, SystemExit) or ("failed" in text and "rank" in text) or "timed out" in text
+
+
+def _shapes(whole: _Run, runs: list[_Run]) -> Difference:
+    listed = "; ".join(
+        f"{path}: {tuple(out.shape)} whole, {[tuple(run.outputs[path].shape) for run in runs if path in run.outputs]}"
+        for path, out in whole.outputs.items()
+    )
+    return Difference(
+        "forward",
+        "",
+        "model",
+        f"the outputs of the ranks are no shards of that of the whole ({listed})",
+        advice="something sets the number of rows from that of the whole, or of one rank",
+    )
