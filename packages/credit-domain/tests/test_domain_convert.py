@@ -117,8 +117,8 @@ def test_the_table_of_the_documentation_is_this_one():
 
 
 def _make(kind):
-    four = """in_channels out_channels num_features num_channels in_features out_features input_size hidden_size embed_dim
-        d_model n_classes num_embeddings embedding_dim in1_features in2_features num_classes"""
+    four = """in_channels out_channels num_features num_channels in_features out_features input_size hidden_size
+        embed_dim d_model n_classes num_embeddings embedding_dim in1_features in2_features num_classes"""
     arguments = {
         **dict.fromkeys(four.split(), 4),
         **dict.fromkeys(

@@ -90,7 +90,7 @@ def convert_to_domain_parallel(
     Layers of torch.nn that mix rows are wrapped (:mod:`credit_domain.layers`); those that do not are left alone; any
     that could and has no rule is refused before anything is changed. Parameters stay the same objects under the same
     names. What the ``forward`` of your own modules does with rows (``F.pad``, ``torch.roll``, a mean over rows) cannot
-    be seen from outside: :func:`credit_domain.verify_domain_parallel` finds it.
+    be seen from outside: :func:`credit_domain.verification.verify_domain_parallel` finds it.
 
     Args:
         model: The model. Modules that are used in several places stay shared.

@@ -119,8 +119,9 @@ def plan_domain_parallel(
         input_shape: Global shape of its input, or its arguments as :func:`credit_domain.trace.trace` takes them.
         ranks: Number of domain ranks.
         shard_dim: The sharded dim, negative.
-        custom_converters: As for :func:`credit_domain.convert_to_domain_parallel`; what they replace is not planned.
-        local: As for :func:`credit_domain.convert_to_domain_parallel`.
+        custom_converters: As for :func:`credit_domain.convert.convert_to_domain_parallel`; what they replace is left
+            out.
+        local: As for :func:`credit_domain.convert.convert_to_domain_parallel`.
         partition: How the rows of the input are divided; None divides them evenly in blocks of the total stride.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
 

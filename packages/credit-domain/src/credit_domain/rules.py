@@ -173,9 +173,10 @@ for _n in (1, 2, 3):
     for _name, _reason in {
         "BatchNorm": "statistics over the rows of all ranks",
         "InstanceNorm": "statistics over the rows of all ranks",
-        "Dropout": "whole channels drop alike on all ranks",
     }.items():
         _RULES[getattr(nn, f"{_name}{_n}d")] = _always(getattr(layers, f"DomainParallel{_name}{_n}d"), _reason)
+    _wrap = getattr(layers, f"DomainParallelDropout{_n}d")
+    _RULES[getattr(nn, f"Dropout{_n}d")] = _spatial(_wrap, _n, "whole channels drop alike on all ranks")
     for _name in ("MaxPool", "AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool"):
         _wrap = getattr(layers, f"DomainParallel{_name}{_n}d")
         _RULES[getattr(nn, f"{_name}{_n}d")] = _spatial(_wrap, _n, "pools rows of other ranks")

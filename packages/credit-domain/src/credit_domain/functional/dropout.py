@@ -78,7 +78,7 @@ def dropout1d(
     manager: DomainParallelManager | None = None,
     label: str = "dropout1d",
 ) -> Tensor:
-    """Drop channels of a sharded tensor (B, C, L) or (C, L); see :func:`dropout2d`."""
+    """Drop channels of a sharded tensor (B, C, L) or (C, L); see :func:`credit_domain.functional.dropout2d`."""
     return _dropout_channels(1, x, p, training, inplace, dim, manager, label)
 
 
@@ -127,7 +127,7 @@ def dropout3d(
     manager: DomainParallelManager | None = None,
     label: str = "dropout3d",
 ) -> Tensor:
-    """Drop channels of a sharded tensor (B, C, T, H, W) or (C, T, H, W); see :func:`dropout2d`."""
+    """Drop channels of a sharded tensor (B, C, T, H, W); see :func:`credit_domain.functional.dropout2d`."""
     return _dropout_channels(3, x, p, training, inplace, dim, manager, label)
 
 
@@ -143,7 +143,7 @@ def feature_alpha_dropout(
 ) -> Tensor:
     """Alpha dropout of channels of a sharded tensor (B, C, ...): :func:`torch.nn.functional.feature_alpha_dropout`.
 
-    See :func:`dropout2d`.
+    See :func:`credit_domain.functional.dropout2d`.
     """
     domain = domain_of(manager)
     if _as_torch(domain, p, training):

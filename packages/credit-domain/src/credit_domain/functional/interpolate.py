@@ -178,6 +178,7 @@ class _Map(NamedTuple):
 
 @lru_cache(maxsize=256)
 def map_of(along: Along) -> _Map:
+    """What torch does along one dim."""
     device = torch.device(along.device)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         taps, back = _picks(along) if along.mode in _PICKS else _weights(along)

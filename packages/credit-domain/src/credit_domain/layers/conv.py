@@ -306,7 +306,7 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
 
     @property
     def halo_exchange(self) -> HaloExchange | None:
-        """The exchange of that halo as a layer of its own; see :attr:`DomainParallelConv2d.halo_exchange`."""
+        """The exchange of that halo as a layer of its own; as that of DomainParallelConv2d."""
         exchange: HaloExchange | None = self.conv.halo_exchange
         return exchange
 

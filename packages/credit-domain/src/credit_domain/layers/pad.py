@@ -123,7 +123,7 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
 
     @property
     def halo_exchange(self) -> HaloExchange | None:
-        """The exchange of that halo as a layer of its own; see :attr:`DomainParallelConv2d.halo_exchange`."""
+        """The exchange of that halo as a layer of its own; as that of DomainParallelConv2d."""
         return self.conv.halo_exchange
 
     def forward(self, x: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def verify_domain_parallel(
             dims that have as many rows as the first one are sharded.
         ranks: Number of domain ranks; with fewer than 3 no rank has two neighbours.
         shard_dim: The sharded dim.
-        custom_converters: As for :func:`credit_domain.convert_to_domain_parallel`, like ``local``.
+        custom_converters: As for :func:`credit_domain.convert.convert_to_domain_parallel`, like ``local``.
         local: See ``custom_converters``.
-        convert: Converts the model in place of :func:`credit_domain.convert_to_domain_parallel`.
+        convert: Converts the model in place of :func:`credit_domain.convert.convert_to_domain_parallel`.
         partition: How to divide the rows; None takes what ``manager.declare`` would.
         tolerance: The largest error, relative to the largest value of what is compared, that counts as rounding.
         seed: Of the random inputs and of the loss.
