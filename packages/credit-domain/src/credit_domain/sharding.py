@@ -62,9 +62,9 @@ def gather_tensor(
 
     Returns:
         The rows of all ranks, in order. This is differentiable; a rank's rows get the sum of the gradients that the
-        ranks have for them, since the loss that is differentiated is the sum of the ranks' losses. Where every rank computes the
-        same loss of the whole, and it is meant to count once, divide it by the number of ranks. Without a manager, or
-        with a domain of one rank, ``x`` itself.
+        ranks have for them, since the loss that is differentiated is the sum of the ranks' losses. Where every rank
+        computes the same loss of the whole, and it is meant to count once, divide it by the number of ranks. Without a
+        manager, or with a domain of one rank, ``x`` itself.
 
     Raises:
         ValueError: On all ranks alike, if dtypes or other dims differ, or a rank holds other rows than ``partition``
