@@ -1,0 +1,44 @@
+"""The private names of torch that this package cannot do without, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+
+def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Several axes as one.
+
+    Parameters that are sharded over dp x domain and over tp live on both meshes, which must come from one root. A mesh
+    of one's own, made with the public constructor, has another; there is no public way to merge axes.
+    """
+    return mesh._flatten(name)
+
+
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that an axis was taken from: an axis by itself does not tell which other axes the world has."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    resources: Any = device_mesh._mesh_resources  # type: ignore[attr-defined, unused-ignore]
+    return resources.get_root_mesh(mesh)  # type: ignore[no-any-return]
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward that is running has ended; how DDP and FSDP wait for their messages."""
+    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined, unused-ignore]
+
+
+def leave_to_others(module: nn.Module, names: Iterable[str]) -> None:
+    """Have DistributedDataParallel leave parameters alone: it cannot reduce DTensors, and has no public way to skip."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))  # type: ignore[no-untyped-call]
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether autograd knows a tensor as a view of another; nothing public tells."""
+    return x._base is not None

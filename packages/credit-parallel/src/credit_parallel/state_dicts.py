@@ -1,0 +1,259 @@
+"""Whole state dicts of sharded models and optimizers: gathered on the first rank, and loaded from it.
+
+They are those of the plain model on one rank, so that they move between layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from credit_parallel.contract import device_of
+from credit_parallel.domain import get_raw_model
+
+
+def fsdp2_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The whole state dict of a model, however it is sharded, under the names of the plain model.
+
+    Returns:
+        On the first rank of the world the state dict, in CPU memory of its own; on other ranks an empty dict.
+
+    Collectives:
+        Gathers each sharded tensor; every rank must call it.
+    """
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return _copied(state) if _is_first() else {}
+
+
+def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
+    """Load the whole state dict that the first rank has into a model, however it is sharded.
+
+    Args:
+        model: The model.
+        sd: On the first rank of the world a state dict of the plain model; on other ranks it is not read.
+
+    Raises:
+        ValueError: On all ranks alike, if names are missing or unknown, or shapes differ.
+
+    Collectives:
+        A broadcast of each tensor; every rank must call it.
+    """
+    model = get_raw_model(model)
+    own = {_plain(name): name for name in model.state_dict()}
+    _raise_together(_misfits(model, own, sd) if _is_first() else "", "fsdp2_load_state_dict")
+    if dist.is_initialized():
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, dict(sd) if _is_first() else {}, options=options)
+    else:
+        model.load_state_dict({own[name]: value for name, value in sd.items()})
+
+
+def fsdp2_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state of an optimizer, by names of parameters.
+
+    Parameters that never had a gradient have no state, and get none here.
+
+    Args:
+        model: The model whose parameters are optimised.
+        opt: The optimizer.
+
+    Returns:
+        On the first rank of the world ``{"state": {name: {key: value}}, "param_groups": [{"params": [name], ...}]}``
+        in CPU memory of its own; on other ranks an empty dict.
+
+    Raises:
+        ValueError: If the optimizer has parameters that are none of the model's, or keeps a plain tensor for a sharded
+            parameter: then nobody can tell what it is a part of.
+
+    Collectives:
+        Gathers each sharded tensor; every rank must call it.
+    """
+    names = _names_of(model, opt)
+    state: dict[str, dict[str, Any]] = {}
+    for p, name in names.items():
+        if p not in opt.state:
+            continue
+        for key, value in opt.state[p].items():
+            if isinstance(p, DTensor) and _is_plain_part(value):
+                raise ValueError(
+                    f"{type(opt).__name__} keeps {key} of {name}, which is sharded, as a plain {type(value).__name__}: "
+                    "what it would be for the whole parameter is not known"
+                )
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if _is_first():
+                state.setdefault(name, {})[key] = _copied(whole)
+    if not _is_first():
+        return {}
+    groups = [
+        {**_copied(_settings(group)), "params": [names[p] for p in group["params"]]} for group in opt.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer, sd: Mapping[str, Any]) -> None:
+    """Load what :func:`fsdp2_optimizer_state_dict` returned, however the model is sharded now.
+
+    Args:
+        model: The model whose parameters are optimised.
+        opt: An optimizer of the same parameter groups; a new one will do.
+        sd: On the first rank of the world the whole state; on other ranks it is not read.
+
+    Raises:
+        ValueError: On all ranks alike, if groups hold other parameters, or a state is of an unknown parameter, or of
+            another shape than the sharded parameter that it belongs to.
+
+    Collectives:
+        A broadcast of each tensor; every rank must call it.
+    """
+    names = _names_of(model, opt)
+    parameters = {name: p for p, name in names.items()}
+    wanted = [[names[p] for p in group["params"]] for group in opt.param_groups]
+    _raise_together(
+        _optimizer_misfits(parameters, wanted, sd) if _is_first() else "", "fsdp2_load_optimizer_state_dict"
+    )
+    state, settings = _from_first(_outline(sd) if _is_first() else None)
+    # Tensors of a parameter's shape are divided as it is. torch's functions divide those of a module.
+    holder = nn.Module()
+    places: list[tuple[str, str]] = []
+    for name, values in state.items():
+        for key, value in values.items():
+            if isinstance(value, _Shape):
+                p = parameters[name]
+                if value.shape == p.shape:
+                    values[key] = torch.zeros_like(p, dtype=value.dtype)
+                else:
+                    values[key] = torch.zeros(value.shape, dtype=value.dtype, device=p.device)
+                holder.register_buffer(str(len(places)), values[key])
+                places.append((name, key))
+    whole = {str(i): sd["state"][name][key] for i, (name, key) in enumerate(places)} if _is_first() else {}
+    if places:
+        fsdp2_load_state_dict(holder, whole)
+    number = {name: i for i, name in enumerate(name for group in wanted for name in group)}
+    groups = [
+        {**group, "params": [number[name] for name in mine]} for mine, group in zip(wanted, settings, strict=True)
+    ]
+    opt.load_state_dict({"state": {number[name]: values for name, values in state.items()}, "param_groups": groups})
+
+
+def _is_plain_part(value: Any) -> bool:
+    """Whether an optimizer keeps something other than numbers and DTensors."""
+    return isinstance(value, (Mapping, list, tuple)) or (
+        isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
+    )
+
+
+class _Shape(NamedTuple):
+    """Stands for a tensor that is still to be sent."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _outline(sd: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """An optimizer's state without its tensors, but for single numbers, and the settings of its groups."""
+    state = {
+        name: {
+            key: _Shape(value.shape, value.dtype) if isinstance(value, Tensor) and value.ndim else _copied(value)
+            for key, value in values.items()
+        }
+        for name, values in sd["state"].items()
+    }
+    return state, [_copied(_settings(group)) for group in sd["param_groups"]]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _names_of(model: nn.Module, opt: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """The names of an optimizer's parameters, in its order."""
+    names: dict[Tensor, str] = {p: _plain(name) for name, p in get_raw_model(model).named_parameters()}
+    listed = [p for group in opt.param_groups for p in group["params"]]
+    if strangers := [p for p in listed if p not in names]:
+        raise ValueError(
+            f"{len(strangers)} of the optimizer's {len(listed)} parameters are none of the model's, the first of shape "
+            f"{tuple(strangers[0].shape)}: make the optimizer after the model is sharded"
+        )
+    return {p: names[p] for p in listed}
+
+
+def _plain(name: str) -> str:
+    """A name without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _misfits(model: nn.Module, own: Mapping[str, str], sd: Mapping[str, Any]) -> str:
+    """What keeps a state dict from being loaded; empty if nothing does."""
+    values = model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in sd]
+    problems += [f"{name} is unknown" for name in sd if name not in own]
+    for name in own:
+        value, given = values[own[name]], sd.get(name)
+        if isinstance(value, Tensor) and isinstance(given, Tensor) and value.shape != given.shape:
+            problems.append(f"{name} is of shape {tuple(given.shape)}, the model's of {tuple(value.shape)}")
+    return _listed(problems)
+
+
+def _optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequence[str]], sd: Mapping[str, Any]) -> str:
+    problems = []
+    groups = [list(group["params"]) for group in sd["param_groups"]]
+    if [set(group) for group in groups] != [set(group) for group in wanted]:
+        sizes = [[len(group) for group in both] for both in (groups, wanted)]
+        strangers = sorted({name for group in groups for name in group} ^ {name for group in wanted for name in group})
+        problems.append(
+            f"the groups hold other parameters: {sizes[0]} of them saved, {sizes[1]} in the optimizer, not in both: "
+            f"{', '.join(strangers[:4]) or 'none'}"
+        )
+    for name, values in sd["state"].items():
+        p = parameters.get(name)
+        if p is None:
+            problems.append(f"there is a state of {name}, which is no parameter of the optimizer")
+            continue
+        for key, value in values.items():
+            if isinstance(p, DTensor) and isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
+                problems.append(f"{key} of {name} is of shape {tuple(value.shape)}, the parameter of {tuple(p.shape)}")
+    return _listed(problems)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return "; ".join(problems[:8]) + more
+
+
+# The first rank
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _from_first(value: Any) -> Any:
+    """What the first rank of the world has."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=device_of(None))
+    return values[0]
+
+
+def _raise_together(problem: str, what: str) -> None:
+    problem = _from_first(problem)
+    if problem:
+        raise ValueError(f"{what}: {problem}")
+
+
+def _copied(value: Any) -> Any:
+    """A copy in CPU memory of whatever tensors there are."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value
