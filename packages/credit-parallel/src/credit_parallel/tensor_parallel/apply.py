@@ -1,0 +1,147 @@
+"""Making a model tensor-parallel: everything is checked on every rank first, then changed in place."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from credit_halo.agreement import agree
+from credit_parallel.tensor_parallel.checks import check_block, check_model
+from credit_parallel.tensor_parallel.declaration import BlockPlan, declares, read_block
+from credit_parallel.tensor_parallel.layers import divide_layer
+from credit_parallel.tensor_parallel.parameters import (
+    add_property,
+    broadcast_all,
+    divide,
+    group_property,
+    present,
+    tp_groups,
+)
+from credit_parallel.tensor_parallel.region import Region
+
+logger = logging.getLogger(__name__)
+
+
+def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Module:
+    """Make the blocks of a model that declare ``_tp_col`` and ``_tp_row`` tensor-parallel.
+
+    Outputs and gradients are those of one rank. What a block can declare is listed in
+    :mod:`credit_parallel.tensor_parallel`. Call it before ``fully_shard`` or DDP, and build the optimizer after it.
+    Blocks that are tensor-parallel already are left alone.
+
+    Args:
+        model: The model. Where ranks hold different values, those of the first tp rank count.
+        tp_mesh: The 1-D mesh of the tp axis. With None, or a single rank, no block is changed.
+
+    Returns:
+        The model, changed in place. It has the tp group as ``_tp_group``.
+
+    Raises:
+        ValueError: On all ranks alike and before anything is changed, if a declaration is wrong, sizes do not divide,
+            a layer cannot be divided, or the ranks have different models.
+
+    Collectives:
+        A small all-gather, then a broadcast of each parameter and buffer.
+    """
+    return _apply(model, tp_mesh, native=False)
+
+
+def apply_native_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Module:
+    """Make the blocks of a model that declare a ``_tp_plan`` tensor-parallel.
+
+    Such as ``_tp_plan = {"to_q": "colwise", "to_k": "colwise", "to_v": "colwise", "to_out": "rowwise"}``, of
+    :class:`torch.nn.Linear` alone. All else is as in :func:`apply_tensor_parallel`.
+
+    Args:
+        model: The model.
+        tp_mesh: The 1-D mesh of the tp axis. With None, or a single rank, no block is changed.
+
+    Returns:
+        The model, changed in place, with ``_tp_group`` and ``_tp_native``.
+
+    Raises:
+        ValueError: As :func:`apply_tensor_parallel`.
+
+    Collectives:
+        Those of :func:`apply_tensor_parallel`.
+    """
+    return _apply(model, tp_mesh, native=True)
+
+
+def supports_native_tp(model: nn.Module) -> bool:
+    """Whether a block of the model declares a ``_tp_plan``."""
+    return any(declares(module, native=True) for module in model.modules())
+
+
+def _apply(model: nn.Module, mesh: DeviceMesh | None, native: bool) -> nn.Module:
+    if mesh is None:
+        return model
+    if mesh.ndim != 1:
+        raise ValueError(f"tp_mesh must be the 1-D mesh of the tp axis, such as mesh['tp']; got {mesh}")
+    if mesh.size() > 1:
+        _divide(model, mesh, native)
+    model.__dict__["_tp_group_name"] = mesh.get_group().group_name
+    if not hasattr(model, "_tp_group"):
+        add_property(model, "_tp_group", group_property)
+    model.__dict__["_tp_native"] = native or model.__dict__.get("_tp_native", False)
+    return model
+
+
+def _divide(model: nn.Module, mesh: DeviceMesh, native: bool) -> None:
+    """Read, check and agree; then change."""
+    group = mesh.get_group().group_name
+    blocks = [(name, module) for name, module in model.named_modules() if declares(module, native)]
+    new = [(name, module) for name, module in blocks if not hasattr(module, "_tp_applied")]
+    plans = [read_block(name, block, mesh.size(), native) for name, block in new]
+    problems = [
+        f"{name} is tensor-parallel already, on another mesh"
+        for name, block in blocks
+        if getattr(block, "_tp_applied", group) != group
+    ]
+    problems += [problem for plan in plans for problem in check_block(plan, mesh.size())]
+    problems += check_model(model, plans)
+    _agree(model, mesh, plans, problems)
+    if new:
+        broadcast_all(model, mesh)
+        for plan in plans:
+            _change(plan, mesh, group)
+    elif blocks:
+        logger.info("every block that opts in is tensor-parallel already")
+    else:
+        names = "_tp_plan" if native else "_tp_col and _tp_row"
+        logger.warning(
+            "no block of %s declares %s: all %d tp ranks compute the same, whole model",
+            *(type(model).__name__, names, mesh.size()),
+        )
+    tp_groups.add(mesh.get_group())
+
+
+def _agree(model: nn.Module, mesh: DeviceMesh, plans: list[BlockPlan], problems: list[str]) -> None:
+    """All ranks go on, or all raise the same error."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    text = "; ".join(f"{name} {t.dtype} {tuple(t.shape)} {t.is_meta}" for name, t in tensors)
+    digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:8]
+    said = [*(problems or map(str, plans)), f"{len(tensors)} parameters and buffers, checksum {digest}"]
+    device = torch.device(mesh.device_type)
+    agree(mesh.get_group(), None, "tensor parallelism", lambda: "; ".join(said), device)
+    if problems:
+        raise ValueError("this model cannot be made tensor-parallel:" + "".join(f"\n  {each}" for each in problems))
+
+
+def _change(plan: BlockPlan, mesh: DeviceMesh, group: str) -> None:
+    region = Region()
+    plan.block.register_forward_pre_hook(region.open)
+    plan.block.register_forward_hook(region.close)
+    for path, layer in plan.layers.items():
+        divide_layer(layer.layer, layer.role, layer.parts, mesh, region, plan.at(path))
+    for module, attribute, value in plan.counts:
+        setattr(module, attribute, value)
+    for owner, name, dim in plan.views:
+        if dim is not None:
+            divide(owner, name, mesh, dim)
+        present(owner, name, mesh, plan.at())
+    plan.block.__dict__["_tp_applied"] = group

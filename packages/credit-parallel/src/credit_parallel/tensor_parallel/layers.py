@@ -1,0 +1,173 @@
+"""Column- and row-parallel layers: torch's own, changed in place to work on this rank's slice of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from credit_halo import exchange_rows, ops, plan_rows
+from credit_halo._torch_private import group_by_name
+from credit_halo.plan import plans
+from credit_mesh import RowPartition
+from credit_parallel.tensor_parallel.parameters import divide
+from credit_parallel.tensor_parallel.region import Region, sum_from_region
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a layer is divided.
+
+    Attributes:
+        label: What errors call the layer.
+        group: Name of the tp group.
+        size: The tensor-parallel degree.
+        plan: Key of the exchange that brings a rank its rows of each part; empty where its slice is what it needs.
+    """
+
+    label: str
+    group: str
+    size: int
+    plan: str
+
+
+class _Divided(nn.Module):
+    """What the four layers share. They have no constructor: :func:`divide_layer` makes them of torch's layers."""
+
+    tp_division: Division
+    tp_region: Region
+    _operator: ClassVar[Any]
+    _channel_dim: ClassVar[int]
+    _dim: ClassVar[int]
+
+    def _own(self, parameter: Any) -> Tensor:
+        """What this rank works with of a parameter."""
+        local: Tensor = parameter.to_local()
+        how = self.tp_division
+        if not how.plan:
+            return local
+        if torch.compiler.is_compiling():
+            rows: Tensor = ops.exchange(local, self._dim, how.plan, how.group, how.label, False, True)
+            return rows
+        return exchange_rows(local, plans[how.plan], dim=self._dim, group=group_by_name(how.group), label=how.label)
+
+
+class _Column(_Divided):
+    _dim = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's output channels.
+
+        Args:
+            x: All input channels, the same on every tp rank.
+        """
+        x = self.tp_region.enter(x, self.tp_division.group, self.tp_division.label)
+        weight, bias = self._own(self._parameters["weight"]), self._parameters["bias"]
+        out: Tensor = type(self)._operator(x, weight, None if bias is None else self._own(bias))
+        return out
+
+
+class _Row(_Divided):
+    _dim = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All output channels, the same on every tp rank.
+
+        Args:
+            x: This rank's input channels.
+
+        Raises:
+            ValueError: If they are not as many as this rank's slice of the weight takes.
+        """
+        how, weight, bias = self.tp_division, self._own(self._parameters["weight"]), self._parameters["bias"]
+        if x.shape[self._channel_dim] != weight.shape[1]:
+            raise ValueError(
+                f"{how.label}: expected this rank's {weight.shape[1]} of {weight.shape[1] * how.size} input channels; "
+                f"got {x.shape[self._channel_dim]} in a tensor of shape {tuple(x.shape)}. Between the column- and the "
+                "row-parallel layers a block works on the channels of its rank"
+            )
+        out = sum_from_region(type(self)._operator(x, weight, None), how.group, how.label)
+        if bias is None:
+            return out
+        # In the dtype of the operator, which under autocast is not that of the bias.
+        return out + bias.to(out.dtype).view(-1, *[1] * (-1 - self._channel_dim))
+
+
+class _Linear(_Divided):
+    _channel_dim = -1
+    _operator = staticmethod(F.linear)
+
+
+class _Conv2d(_Divided):
+    _channel_dim = -3
+    _operator = staticmethod(F.conv2d)
+
+
+class ColumnParallelLinear(_Column, _Linear, nn.Linear):
+    """A linear layer whose output features are divided."""
+
+
+class RowParallelLinear(_Row, _Linear, nn.Linear):
+    """A linear layer whose input features are divided."""
+
+
+class ColumnParallelConv2d(_Column, _Conv2d, nn.Conv2d):
+    """A 1x1 convolution whose output channels are divided."""
+
+
+class RowParallelConv2d(_Row, _Conv2d, nn.Conv2d):
+    """A 1x1 convolution whose input channels are divided."""
+
+
+_CLASSES: dict[tuple[str, type[nn.Module]], type[_Divided]] = {
+    ("column", nn.Linear): ColumnParallelLinear,
+    ("row", nn.Linear): RowParallelLinear,
+    ("column", nn.Conv2d): ColumnParallelConv2d,
+    ("row", nn.Conv2d): RowParallelConv2d,
+}
+
+
+def divide_layer(
+    layer: nn.Module, role: str, parts: Sequence[int], mesh: DeviceMesh, region: Region, label: str
+) -> None:
+    """Make a layer column- or row-parallel, in place.
+
+    Args:
+        layer: A :class:`torch.nn.Linear` or a 1x1 :class:`torch.nn.Conv2d`.
+        role: ``"column"`` or ``"row"``.
+        parts: Sizes of the parts that the divided channels consist of.
+        mesh: The 1-D mesh of the tp axis.
+        region: The region of the layer's block.
+        label: What errors call the layer.
+    """
+    dim = 0 if role == "column" else 1
+    plan = _plan(tuple(parts), mesh.size(), mesh.get_local_rank())
+    divide(layer, "weight", mesh, dim)
+    if role == "column" and layer.bias is not None:
+        divide(layer, "bias", mesh, 0)
+    layer.__class__ = _CLASSES[role, type(layer)]
+    layer.__dict__["tp_division"] = Division(label, mesh.get_group().group_name, mesh.size(), plan)
+    layer.__dict__["tp_region"] = region
+
+
+def _plan(parts: tuple[int, ...], size: int, rank: int) -> str:
+    """Key of the exchange from contiguous slices of the whole to slices of each part."""
+    if len(parts) == 1:
+        return ""
+    starts = list(accumulate(parts, initial=0))
+    needs = [
+        tuple(
+            chain.from_iterable(
+                range(start + part * r // size, start + part * (r + 1) // size)
+                for start, part in zip(starts, parts, strict=False)
+            )
+        )
+        for r in range(size)
+    ]
+    return plan_rows(RowPartition.even(sum(parts), size), needs, rank=rank).key
