@@ -1,0 +1,257 @@
+"""One call from a model for one GPU to a mesh of ranks, and what a training loop needs after that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from credit_domain import gather_tensor, shard_batch, shard_tensor
+from credit_halo import all_mean
+from credit_mesh import (
+    DomainParallelManager,
+    ParallelismConfig,
+    RankLayout,
+    build_device_mesh,
+    initialize_domain_parallel,
+    parse_parallelism_conf,
+)
+from credit_parallel.blocks import _apply_activation_checkpointing, flag, trainer_of
+from credit_parallel.collectives import clip_grad_norm_
+from credit_parallel.contract import check_batch, check_finite
+from credit_parallel.ddp import apply_ddp
+from credit_parallel.domain import apply_domain_parallel, sync_domain_gradients
+from credit_parallel.fsdp2 import apply_fsdp2
+from credit_parallel.losses import domain_mean, domain_value
+from credit_parallel.mesh import fold_domain, register_dp_group
+from credit_parallel.sampler import DataParallelSampler, data_parallel_sampler
+from credit_parallel.seeds import RankSeeds, seed_ranks
+from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ParallelContext:
+    """A model on a mesh of ranks, and what a training loop does with it; made by :func:`parallelize`.
+
+    On one rank, with or without torch.distributed, every method does what a loop for one GPU would.
+
+    Attributes:
+        model: The model, converted and wrapped.
+        config: The parallelism block.
+        layout: Sizes of the axes, and who is where.
+        mesh: The device mesh; None for a single rank.
+        manager: The domain-parallel manager; None without torch.distributed.
+        check_batches: How many more batches to compare between the ranks that must read the same.
+    """
+
+    model: nn.Module
+    config: ParallelismConfig
+    layout: RankLayout
+    mesh: DeviceMesh | None = None
+    manager: DomainParallelManager | None = None
+    check_batches: int = 3
+
+    # Data
+
+    def sampler(self, dataset: Any, **options: Any) -> DataParallelSampler:
+        """A sampler that deals samples over the data axis only; options of :func:`data_parallel_sampler`."""
+        return data_parallel_sampler(dataset, self.layout, **options)
+
+    def shard(self, batch: Any, **options: Any) -> Any:
+        """This rank's rows of a batch that every tp and domain peer has read whole.
+
+        Args:
+            batch: A tensor, or nested containers of tensors; see :func:`credit_domain.shard_batch`.
+            **options: Those of :func:`credit_domain.shard_batch`.
+
+        Raises:
+            ValueError: On all ranks alike, if peers have read different batches, which the first few are checked for.
+
+        Collectives:
+            For the first ``check_batches`` batches a small all-gather.
+        """
+        if self.check_batches > 0:
+            self.check_batches -= 1
+            check_batch(batch, self.layout)
+        if self.manager is None:
+            return batch
+        dim = self.manager.shard_dim
+        if isinstance(batch, Tensor):
+            return shard_tensor(batch, dim, self.manager)
+        return shard_batch(batch, dim, dim, self.manager, **options)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of all domain ranks; see :func:`credit_domain.gather_tensor`."""
+        return x if self.manager is None else gather_tensor(x, self.manager.shard_dim, self.manager)
+
+    # The loss
+
+    def mean(self, values: Tensor, *, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`.
+
+        Args:
+            values: The loss of each element, not yet reduced.
+            weights: Weight of each row, for example of its latitude, of all rows or of this rank's.
+            mask: True for the elements that count.
+        """
+        if self.manager is None:
+            return domain_mean(values, weights=weights, mask=mask)
+        dim, partition = self.manager.shard_dim, self.manager.partition
+        if partition is not None and partition.sizes[self.manager.domain_rank] != values.shape[dim]:
+            partition = None  # a loss on another grid than that of the input
+        return domain_mean(values, self.manager, dim=dim, weights=weights, mask=mask, partition=partition)
+
+    def value(self, loss: Tensor) -> float:
+        """The loss over all rows and all replicas, for a log.
+
+        Collectives:
+            One sum over the domain ranks, one over the replicas.
+        """
+        value = domain_value(loss, self.manager)
+        if self.manager is not None and self.layout.dp > 1:
+            value = all_mean(value, self.manager.data_parallel_group)
+        return float(value)
+
+    # Gradients
+
+    @contextmanager
+    def accumulate(self, last: bool = True) -> Iterator[None]:
+        """Around the forward and backward of each of several batches: no gradients are sent before the last.
+
+        .. code-block:: python
+
+            for i, batch in enumerate(batches):
+                with context.accumulate(last=i == len(batches) - 1):
+                    (loss_of(batch) / len(batches)).backward()
+            context.step(optimizer)
+        """
+        inner = self.model
+        if isinstance(inner, DistributedDataParallel) and not last:
+            with inner.no_sync():
+                yield
+            return
+        if isinstance(inner, FSDPModule):
+            inner.set_requires_gradient_sync(last)
+        yield
+
+    def sync_gradients(self) -> None:
+        """After the backward: average gradients over the domain ranks, unless FSDP2 or DDP did.
+
+        Collectives:
+            Those of :func:`credit_parallel.domain.sync_domain_gradients`.
+        """
+        sync_domain_gradients(self.model, self.manager)
+        if self.mesh is not None and self.layout.tp > 1:
+            sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the norm of all gradients of the whole model; returns what it was, the same on every rank.
+
+        Collectives:
+            A sum over each group of ranks that gradients are divided over.
+        """
+        return clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> Tensor:
+        """Synchronise the gradients, clip them, take a step and clear them.
+
+        Args:
+            optimizer: Of the parameters of :attr:`model`.
+            max_norm: The largest norm that is left; None only measures it.
+
+        Returns:
+            The norm of the gradients before they were clipped.
+
+        Raises:
+            ValueError: On all ranks alike, if it is not finite; no step is taken.
+        """
+        self.sync_gradients()
+        norm = self.clip_grad_norm_(float("inf") if max_norm is None else max_norm)
+        check_finite(norm, what="the norm of the gradients", raises=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def check_finite(self, loss: Tensor) -> bool:
+        """Whether a loss is finite on every rank; the same answer on each."""
+        return check_finite(loss)
+
+    def seed(self, seed: int) -> RankSeeds:
+        """Seed this rank: tp peers alike, domain and data peers apart; see :func:`credit_parallel.seeds.seed_ranks`."""
+        return seed_ranks(seed, self.layout)
+
+
+def parallelize(
+    model: nn.Module,
+    conf: Mapping[str, Any] | ParallelismConfig,
+    *,
+    device: str | None = None,
+    shard_dim: int = -2,
+    check_batches: int = 3,
+    **convert: Any,
+) -> ParallelContext:
+    """Put a model for one GPU on a mesh of ranks: domain, tensor and data parallel, in the order that is right.
+
+    Make the optimizer afterwards, of ``context.model.parameters()``.
+
+    Args:
+        model: The model, on its device; the same on every rank. All start with the weights of the first one.
+        conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
+            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them), or the parallelism block as a
+            :class:`ParallelismConfig`.
+        device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
+        shard_dim: The sharded dim; -2 is latitude.
+        check_batches: How many batches to compare between ranks that must read the same.
+        **convert: Those of :func:`credit_domain.convert_to_domain_parallel`: ``custom_converters``, ``local``,
+            ``input_shape``, ``window_sizes``.
+
+    Raises:
+        ValueError: If the block does not fit the number of ranks; if modules of the model are refused by the
+            converter, or tensor-parallel declarations do not fit; on all ranks alike.
+
+    Collectives:
+        Creates process groups; broadcasts of the weights.
+    """
+    whole = {"trainer": {"parallelism": conf.to_dict()}} if isinstance(conf, ParallelismConfig) else conf
+    config = ParallelismConfig.from_block(parse_parallelism_conf(whole))
+    if not (dist.is_available() and dist.is_initialized()):
+        if config.tensor * config.domain > 1:
+            raise ValueError(
+                f"{config} needs {config.tensor * config.domain} ranks or more: start the program with torchrun and "
+                "call torch.distributed.init_process_group() first"
+            )
+        if flag(trainer_of(whole), "activation_checkpoint"):
+            _apply_activation_checkpointing(model, whole)
+        return ParallelContext(model, config, RankLayout(), check_batches=0)
+    world = dist.get_world_size()
+    layout = config.layout(world)
+    kind = device or next((p.device.type for p in model.parameters()), "cpu")
+    mesh, axes = build_device_mesh(config.to_dict(), device=kind)
+    manager = initialize_domain_parallel(world, config.domain, shard_dim, tensor_parallel_size=config.tensor, mesh=mesh)
+    if layout.dp > 1:
+        register_dp_group(manager.data_parallel_group)
+    # Layers first, since conversion replaces modules; then what divides their parameters; then what watches gradients.
+    model = apply_domain_parallel(model, manager, shard_dim, **convert)
+    if axes.get("tp") is not None:
+        model = apply_tensor_parallel(model, axes["tp"])
+    folded = fold_domain(mesh)
+    if config.data == "fsdp2" and folded is not None:
+        model = apply_fsdp2(model, folded, whole)
+    else:
+        if flag(trainer_of(whole), "activation_checkpoint"):
+            _apply_activation_checkpointing(model, whole)
+        if config.data == "ddp":
+            model = apply_ddp(model, folded, whole)
+    logger.info("%s on %s: %s", type(model).__name__, kind, layout)
+    return ParallelContext(model, config, layout, mesh, manager, check_batches)
