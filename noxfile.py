@@ -53,11 +53,12 @@ def install(session: nox.Session, packages: list[str], *tools: str) -> None:
 @nox.session(name="tests-gloo")
 @nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in PACKAGES] + [nox.param("all", id="all")])
 def tests_gloo(session: nox.Session, package: str) -> None:
-    """The tests that need no GPU: each package with only the layers below it, then all together."""
+    """The tests that need no GPU: each package with only the layers below it, then the quick ones all together."""
     everything = package == "all"
     install(session, PACKAGES if everything else lowest(package), *group("test"))
     paths = ["packages", "tests"] if everything else [f"packages/{package}/tests"]
-    session.run("pytest", "-n", "2", "--timeout", "300", "-m", "not gpu", *paths, *session.posargs, env=TEST_ENV)
+    marked = "not gpu and not slow" if everything else "not gpu"  # slow ones have run, and take minutes
+    session.run("pytest", "-n", "2", "--timeout", "300", "-m", marked, *paths, *session.posargs, env=TEST_ENV)
 
 
 @nox.session(name="tests-gpu")

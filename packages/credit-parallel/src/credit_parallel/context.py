@@ -65,15 +65,15 @@ class ParallelContext:
     # Data
 
     def sampler(self, dataset: Any, **options: Any) -> DataParallelSampler:
-        """A sampler that deals samples over the data axis only; options of :func:`data_parallel_sampler`."""
+        """A sampler that deals samples over the data axis only; options of ``data_parallel_sampler``."""
         return data_parallel_sampler(dataset, self.layout, **options)
 
     def shard(self, batch: Any, **options: Any) -> Any:
         """This rank's rows of a batch that every tp and domain peer has read whole.
 
         Args:
-            batch: A tensor, or nested containers of tensors; see :func:`credit_domain.shard_batch`.
-            **options: Those of :func:`credit_domain.shard_batch`.
+            batch: A tensor, or nested containers of tensors; see :func:`credit_domain.sharding.shard_batch`.
+            **options: Those of :func:`credit_domain.sharding.shard_batch`.
 
         Raises:
             ValueError: On all ranks alike, if peers have read different batches, which the first few are checked for.
@@ -92,7 +92,7 @@ class ParallelContext:
         return shard_batch(batch, dim, dim, self.manager, **options)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The rows of all domain ranks; see :func:`credit_domain.gather_tensor`."""
+        """The rows of all domain ranks; see :func:`credit_domain.sharding.gather_tensor`."""
         return x if self.manager is None else gather_tensor(x, self.manager.shard_dim, self.manager)
 
     # The loss
@@ -167,7 +167,7 @@ class ParallelContext:
         """Synchronise the gradients, clip them, take a step and clear them.
 
         Args:
-            optimizer: Of the parameters of :attr:`model`.
+            optimizer: Of the parameters of ``model``.
             max_norm: The largest norm that is left; None only measures it.
 
         Returns:
@@ -209,11 +209,11 @@ def parallelize(
         model: The model, on its device; the same on every rank. All start with the weights of the first one.
         conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
             :func:`credit_parallel.fsdp2.apply_fsdp2` reads them), or the parallelism block as a
-            :class:`ParallelismConfig`.
+            :class:`credit_mesh.ParallelismConfig`.
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.
         check_batches: How many batches to compare between ranks that must read the same.
-        **convert: Those of :func:`credit_domain.convert_to_domain_parallel`: ``custom_converters``, ``local``,
+        **convert: Those of :func:`credit_domain.convert.convert_to_domain_parallel`: ``custom_converters``, ``local``,
             ``input_shape``, ``window_sizes``.
 
     Raises:

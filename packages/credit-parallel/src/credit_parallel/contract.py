@@ -45,7 +45,7 @@ def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
 
     Args:
         where: A manager; the whole device mesh; a layout of the world; a configuration with a parallelism block (see
-            :func:`credit_mesh.parse_parallelism_conf`), or the block as a :class:`ParallelismConfig`. None takes the
+            :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the
             present manager, or a single rank where torch.distributed is not initialised.
 
     Raises:
@@ -99,7 +99,7 @@ def check_batch(
     Args:
         batch: What the loader returned, before it is sharded: tensors, numpy arrays, numbers, text, dates, None, and
             mappings, lists, tuples and dataclasses of them.
-        where: What says where this rank is; see :func:`place_of`.
+        where: What says where this rank is; see :func:`credit_parallel.contract.place_of`.
         sharded: Whether each domain rank has read its own rows only. Then batches are compared between tp peers, and
             ``sample_ids`` between domain peers.
         sample_ids: Indices or times of the samples, of the same kinds as ``batch``; needed with ``sharded``.

@@ -112,7 +112,7 @@ def shard_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Tens
 
 
 def gather_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Tensor:
-    """The rows of all ranks, on every rank: undoes :func:`shard_spatial`; see :func:`credit_domain.gather_tensor`.
+    """The rows of all ranks, on every rank: undoes :func:`shard_spatial`; see ``gather_tensor``.
 
     Differentiable; between the steps of a rollout pass it a detached tensor. Without a manager, or with a domain of one
     rank, the tensor itself.

@@ -1,6 +1,6 @@
 """Fully sharded data parallelism: parameters, gradients and optimizer states divided over the data axis.
 
-The domain axis may be folded in (:func:`fold_domain`): parameters are then sharded over dp x domain, and one
+The domain axis may be folded in (``fold_domain``): parameters are then sharded over dp x domain, and one
 reduce-scatter averages gradients over both. That is right because of the convention of losses: the loss of each rank is
 its rows' share, scaled so that the mean over the domain ranks is the loss of one rank.
 """
@@ -67,15 +67,15 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str,
     ``conf["trainer"]`` is asked for:
 
     - ``amp``: True computes in bfloat16 and reduces gradients in float32; outputs of the model are float32.
-    - ``fsdp2_mp_policy``: instead, the dtypes one by one; see :func:`_build_mp_policy`.
-    - ``activation_checkpoint``: True recomputes blocks in the backward; see :func:`_apply_activation_checkpointing`.
+    - ``fsdp2_mp_policy``: instead, the dtypes one by one; see ``_build_mp_policy``.
+    - ``activation_checkpoint``: True recomputes blocks in the backward; see ``_apply_activation_checkpointing``.
     - ``fsdp2_blocks``: more blocks, by class names or by dotted names of modules.
     - ``cpu_offload``: True keeps parameters, gradients and optimizer states of a GPU in the memory of the host.
 
     Args:
-        model: The model; blocks are its modules of :data:`BLOCK_CLASSES`, those with ``_fsdp2_shard = True``, and those
+        model: The model; blocks are its modules of ``BLOCK_CLASSES``, those with ``_fsdp2_shard = True``, and those
             that conf names.
-        dp_mesh: The dp axis; dp x domain as one axis (:func:`fold_domain`); or two axes, to replicate over the first
+        dp_mesh: The dp axis; dp x domain as one axis (``fold_domain``); or two axes, to replicate over the first
             and shard over the second. None is all ranks that do not differ in their tp coordinate.
         conf: The whole configuration, or its ``trainer`` section.
 

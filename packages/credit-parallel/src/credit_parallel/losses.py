@@ -173,7 +173,7 @@ def cos_latitude_weights(latitudes_deg: Tensor) -> Tensor:
         latitudes_deg: Latitudes in degrees north, of any shape.
 
     Returns:
-        float64 weights of the same shape. They have no scale: what uses them divides by their sum over all rows.
+        Weights of the same shape, in float64. They have no scale; what uses them divides by their sum over all rows.
 
     Raises:
         ValueError: If a latitude is not within -90 to 90.
@@ -200,7 +200,7 @@ def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: boo
             half a row away from them (720). To be said where ``rows`` is a number.
 
     Returns:
-        float64 weights of shape (rows,).
+        Weights of shape (rows,), in float64.
 
     Raises:
         ValueError: If ``kind`` is unknown, ``pole_is_row`` is missing or not asked for, or latitudes are not 1-D, in

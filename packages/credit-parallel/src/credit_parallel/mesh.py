@@ -30,7 +30,7 @@ def fold_domain(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The dp and domain axes as one axis, for parameters that are sharded over both.
 
     Args:
-        mesh: The whole mesh, as :func:`build_device_mesh` returns it.
+        mesh: The whole mesh, as :func:`credit_mesh.build_device_mesh` returns it.
 
     Returns:
         A 1-D mesh of the ranks that share this rank's tp coordinate, in the order (dp, domain), named ``dp_domain``;

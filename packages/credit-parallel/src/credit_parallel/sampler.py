@@ -17,7 +17,7 @@ def data_parallel_sampler(
 
     Args:
         dataset: A dataset with a length.
-        where: What says where this rank is, such as the configuration; see :func:`place_of`.
+        where: What says where this rank is, such as the configuration; see :func:`credit_parallel.contract.place_of`.
         shuffle: Draw a new order in each epoch; see :meth:`~torch.utils.data.DistributedSampler.set_epoch`.
         seed: Seed of the order; the same on every rank.
         drop_last: Drop the samples that do not divide by the replicas, instead of repeating some.
@@ -35,7 +35,7 @@ class DataParallelSampler(DistributedSampler[Any]):
     """torch's DistributedSampler, which can go on in the middle of an epoch, with another number of replicas too.
 
     Its arguments are those of :class:`torch.utils.data.DistributedSampler`; ``rank`` and ``num_replicas`` are those of
-    the data axis (:func:`data_parallel_sampler` fills them in).
+    the data axis (:func:`credit_parallel.sampler.data_parallel_sampler` fills them in).
 
     Where samples do not divide by the replicas, and are not dropped, the first ones are seen twice; the last
     :attr:`repeated` indices of this replica are such, and an exact mean over samples leaves them out.

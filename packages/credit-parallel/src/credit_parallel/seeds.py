@@ -57,7 +57,7 @@ def seed_ranks(seed: int, where: Where = None) -> RankSeeds:
 
     Args:
         seed: One number for the whole run, the same on every rank.
-        where: What says where this rank is; see :func:`place_of`.
+        where: What says where this rank is; see :func:`credit_parallel.contract.place_of`.
 
     Returns:
         The seeds; the generators got ``rank``.
