@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -185,6 +186,15 @@ def test_randomness_is_held_fixed_and_said_so():
     assert "dropout of middle.drop set to 0" in notes
     assert "randn_like gives 0.5 (1 calls)" in notes
     assert "dropout held fixed" in notes
+
+
+def test_a_model_with_hooks_that_has_run_before():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = Around(nn.utils.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)))
+    model(torch.ones(1, 2, 9, 5))
+    report = verify_domain_parallel(model, (1, 2, 17, 6), 3)
+    assert report, str(report)
 
 
 def test_many_inputs_and_outputs():

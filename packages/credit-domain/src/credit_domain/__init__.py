@@ -4,7 +4,7 @@ Shards a model's rows (latitude) over the ranks of a domain group so that output
 those of one rank.
 """
 
-from credit_domain import blocks, functional
+from credit_domain import adapters, blocks, functional
 from credit_domain._version import __version__
 from credit_domain.convert import (
     ConversionReport,
@@ -125,6 +125,7 @@ __all__ = [
     "PlannedLayer",
     "VerificationReport",
     "__version__",
+    "adapters",
     "blocks",
     "conversion_report",
     "convert_to_domain_parallel",

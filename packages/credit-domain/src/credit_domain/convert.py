@@ -23,9 +23,12 @@ ConverterKey = type[nn.Module] | str | Callable[[nn.Module], bool]
 """What a custom converter is for: a type, a class path such as ``"package.module.Class"``, or a predicate."""
 
 Converter = Callable[..., nn.Module]
-"""Makes the module that stands in for another, which is its argument. One that has parameters ``shard_dim`` or ``label``
-is told the sharded dim and the module's name. One with an attribute ``visits_children`` that is true, as an
-:class:`credit_domain.adapters.base.Adapter` has, gets the children converted as well."""
+"""Makes the module that stands in for another, which is its argument.
+
+One that has parameters ``shard_dim`` or ``label`` is told the sharded dim and the module's name. For one with an
+attribute ``visits_children`` that is true, as an :class:`credit_domain.adapters.base.Adapter` has, the children are
+converted as well.
+"""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def convert_to_domain_parallel(
         shard_dim: The sharded dim; -2 is latitude in (B, C, H, W) and (B, C, T, H, W).
         custom_converters: What to do with modules that no rule knows: a mapping from a type (subclasses too, unless
             they have an entry), a class path (``"package.module.Class"``) or a predicate on the module to a function
-            that takes the module and returns its replacement. They come before all rules, and children of what they
-            replace are skipped.
+            that takes the module and returns its replacement (see ``Converter``). They come before all rules, and
+            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.base.Adapter`.
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.
         input_shape: Global shape of the model's input, for models whose total stride cannot be seen otherwise; see

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from credit_domain.convert import Converter, custom_matches, refusals
+from credit_domain.convert import Converter, custom_matches, free_windows, refusals
 from credit_domain.footprint import Footprint
 from credit_domain.footprints import footprint_of
 from credit_domain.rules import decide
@@ -136,7 +136,8 @@ def plan_domain_parallel(
     calls = trace(model, input_shape, lambda module: decide(module, shard_dim).wrap is not None)
     calls = [call for call in calls if not any(_within(call.name, name) for name in skipped)]
     if partition is None:
-        granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes)
+        free = free_windows(model, custom_converters)
+        granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
         partition = RowPartition.even(_global_rows(input_shape, shard_dim), ranks, granularity)
     at = {partition.rows: partition}
     layers, notes = [], []

@@ -42,6 +42,8 @@ def decide(module: nn.Module, shard_dim: int) -> Decision:
     kind = parametrize.type_before_parametrizations(module)
     known = next((base for base in kind.__mro__ if base in _RULES or base in _LOCAL or base in _REFUSED), None)
     if known is None:
+        if kind.__module__.startswith("torch.nn.utils."):
+            return Decision("local", "acts on parameters")
         if _of_torch(kind):
             return Decision("refused", f"torch.nn.{kind.__name__} has no rule")
         return Decision("own code", "its children decide; its own forward is not looked into")

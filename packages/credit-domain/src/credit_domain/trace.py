@@ -66,6 +66,12 @@ def _left(running: list[str]) -> None:
     running.pop()
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model; weights that hooks computed, which torch does not copy, are computed anew."""
+    computed = [v for part in model.modules() for v in vars(part).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors are all on the meta device, made without copying any of them."""
     memo: dict[int, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from credit_domain.convert import Converter, convert_to_domain_parallel, free_windows, refusals
 from credit_domain.sharding import shard_tensor
 from credit_domain.stride import granularity_of
-from credit_domain.trace import is_shape
+from credit_domain.trace import is_shape, plain_copy
 from credit_domain.verification.compare import compare, compare_whole, sharded_dim
 from credit_domain.verification.record import FIXED_NOISE, Event, Key, Recorder, tensors_in, without_dropout
 from credit_domain.verification.report import Difference, VerificationReport, seams_near
@@ -92,7 +91,7 @@ def verify_domain_parallel(
     if dist.is_initialized():
         raise ValueError("verify_domain_parallel starts ranks of its own: call it before init_process_group")
     plain = model if isinstance(model, nn.Module) else model()
-    plain = copy.deepcopy(plain).double()
+    plain = plain_copy(plain).double()
     notes = [f"dropout of {', '.join(names)} set to 0"] if (names := without_dropout(plain)) else []
     arguments = _arguments(inputs, seed)
     rows = _rows_of(arguments, shard_dim)
@@ -102,13 +101,13 @@ def verify_domain_parallel(
     granularity = _granularity(plain, arguments, shard_dim, free_windows(plain, custom_converters))
 
     def converted(manager: DomainParallelManager) -> nn.Module:
-        twin = copy.deepcopy(plain)
+        twin = plain_copy(plain)
         if convert is not None:
             return convert(twin, manager)
         return convert_to_domain_parallel(twin, manager, shard_dim, custom_converters, local=local)
 
     whole = _Run()
-    reference = copy.deepcopy(plain)
+    reference = plain_copy(plain)
     _forward(reference, _leaves(arguments), whole)
     assert whole.recorder is not None
     for kind, count in sorted(whole.recorder.noise.items()):
@@ -173,9 +172,7 @@ def _arguments(inputs: Any, seed: int) -> dict[str, Any]:
     return {str(i): value(given) for i, given in enumerate(listed)}
 
 
-def _granularity(
-    model: nn.Module, arguments: Mapping[str, Any], shard_dim: int, free: Collection[str]
-) -> int | None:
+def _granularity(model: nn.Module, arguments: Mapping[str, Any], shard_dim: int, free: Collection[str]) -> int | None:
     """The model's total stride at these inputs; None where it cannot be run for its shapes."""
     positional = [value for name, value in arguments.items() if name.isdigit()]
     try:
