@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from credit_mesh import (
     parse_parallelism_conf,
 )
 from credit_parallel.blocks import _apply_activation_checkpointing, flag, trainer_of
+from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_checkpoint
 from credit_parallel.collectives import clip_grad_norm_
 from credit_parallel.contract import check_batch, check_finite
 from credit_parallel.ddp import apply_ddp
@@ -190,6 +192,20 @@ class ParallelContext:
     def seed(self, seed: int) -> RankSeeds:
         """Seed this rank: tp peers alike, domain and data peers apart; see :func:`credit_parallel.seeds.seed_ranks`."""
         return seed_ranks(seed, self.layout)
+
+    # Checkpoints
+
+    def save(
+        self, folder: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None, **options: Any
+    ) -> Save:
+        """Save the state of training; see :func:`credit_parallel.checkpoint.save_checkpoint`."""
+        return save_checkpoint(folder, self, optimizer, **options)
+
+    def load(
+        self, folder: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None, **options: Any
+    ) -> LoadedState:
+        """Go on where a checkpoint was saved; see :func:`credit_parallel.checkpoint.load_checkpoint`."""
+        return load_checkpoint(folder, self, optimizer, **options)
 
 
 def parallelize(
