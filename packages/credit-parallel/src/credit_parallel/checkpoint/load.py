@@ -1,0 +1,213 @@
+"""Loading a checkpoint: every rank reads what it needs of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from credit_mesh import RankLayout
+from credit_parallel.checkpoint import folders
+from credit_parallel.checkpoint.folders import CheckpointError, Manifest
+from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, resolve, together, torch_errors
+from credit_parallel.checkpoint.rng import reseed, set_rng_state
+from credit_parallel.checkpoint.state import (
+    MODEL,
+    RNG,
+    load_model,
+    load_optimizer,
+    model_entries,
+    model_problem,
+    optimizer_problem,
+    optimizer_targets,
+)
+from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock, stock_from_json
+from credit_parallel.checkpoint.values import names_in, unpack
+from credit_parallel.state_dicts import _from_first
+
+if TYPE_CHECKING:
+    from credit_parallel.context import ParallelContext
+
+
+class LoadedState(NamedTuple):
+    """What :func:`load_checkpoint` found.
+
+    Attributes:
+        step: How many steps were taken.
+        extra: What was saved as ``extra``; tensors in CPU memory.
+        folder: The checkpoint.
+        same_layout: Whether it was saved on this layout, so that random generators go on where they were.
+        missing: Names of the model that it does not have; only without ``strict``.
+        unexpected: Its names that the model does not have; only without ``strict``.
+    """
+
+    step: int
+    extra: Any
+    folder: Path
+    same_layout: bool
+    missing: list[str]
+    unexpected: list[str]
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose index was read."""
+
+    folder: Path
+    stock: Stock
+    values: dict[str, Any]
+    files: Mapped
+
+    def small(self, name: str) -> Tensor:
+        """A tensor that one rank has written whole, in memory of its own."""
+        stored = self.stock[name]
+        if not stored.chunks:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        (chunk,) = stored.chunks
+        return self.files.fetch(name, chunk).clone()
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str],
+    target: ParallelContext | nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    scheduler: Any = None,
+    scaler: Any = None,
+    sampler: Any = None,
+    strict: bool = True,
+    verify: bool = True,
+) -> LoadedState:
+    """Load a checkpoint on any layout of ranks, or on one rank without torch.distributed; every rank calls it.
+
+    Ranks read what they need and nothing else, straight into the memory of the model. On the layout that was saved the
+    random generators of each rank go on where they were; on another they are seeded from the seed and the step of the
+    checkpoint.
+
+    Args:
+        folder: The folder of one checkpoint, or that of many, of which the latest complete one is taken.
+        target: The context, or the model, wrapped or not.
+        optimizer: Of the model's parameters, in the same groups as the saved one; a new one will do. None loads none.
+        scheduler: Gets its state by ``load_state_dict``, as the next two; None loads none.
+        scaler: The gradient scaler.
+        sampler: The sampler.
+        strict: Whether names that only the checkpoint or only the model has are errors, and states that are asked for
+            and were not saved. Without it they are left as they are.
+        verify: Compare checksums of all files first, which reads them once; each rank takes some of the files.
+
+    Raises:
+        ValueError: On all ranks alike, if there is no checkpoint, or it is of another model or optimizer; it says what
+            differs, and nothing is changed.
+        CheckpointError: On all ranks alike, if it is damaged or not complete; it says which file is.
+
+    Collectives:
+        Those of ``torch.distributed.checkpoint.load`` and some small ones.
+    """
+    what = "load_checkpoint"
+    opened = open_checkpoint(folder, verify)
+    stock, values = opened.stock, opened.values
+    given = {"scheduler": scheduler, "scaler": scaler, "sampler": sampler}
+    targets: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    model, layout, same_layout, extra = nn.Module(), RankLayout(), False, None
+    missing: list[str] = []
+    unexpected: list[str] = []
+    with together(what):
+        model, layout = resolve(target)
+        own, others = model_entries(model)
+        problem, missing, unexpected = _model_problem(own, others, opened, strict)
+        if problem:
+            raise ValueError(f"{opened.folder} is of another model: {problem}")
+        if strict:
+            _refuse_unsaved({**given, "optimizer": optimizer}, opened)
+        if optimizer is not None and values["optimizer"] is not None:
+            if problem := optimizer_problem(model, optimizer, values["optimizer"], stock):
+                raise ValueError(f"{opened.folder} is of another optimizer: {problem}")
+            targets.update(optimizer_targets(model, optimizer, values["optimizer"], stock))
+        targets.update({MODEL + name: value for name, value in own.items() if MODEL + name in stock})
+        for key, thing in given.items():
+            if thing is not None and values[key] is not None:
+                thing.load_state_dict(unpack(values[key], opened.small))
+    copy_from(what, RawReader(stock, opened.files.fetch), targets)
+    with together(what):
+        loaded = {name: value for name, value in unpack(values["model"], opened.small).items() if name in others}
+        loaded.update({name: targets[MODEL + name] for name in own if MODEL + name in targets})
+        load_model(model, loaded)
+        if optimizer is not None and values["optimizer"] is not None:
+            load_optimizer(model, optimizer, values["optimizer"], targets.__getitem__)
+        rank, size = rank_and_size()
+        same_layout = values["layout"] == [layout.dp, layout.tp, layout.domain] and values["ranks"] == size
+        if same_layout:
+            set_rng_state(opened.small(f"{RNG}{rank}"))
+        else:
+            reseed(values["seed"], values["step"], layout)
+        extra = unpack(values["extra"], opened.small)
+    return LoadedState(values["step"], extra, opened.folder, same_layout, missing, unexpected)
+
+
+def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
+    """Choose the checkpoint, make sure that it is whole, and read its index; on all ranks alike.
+
+    Raises:
+        ValueError: If there is none.
+        CheckpointError: If it is damaged or not complete.
+    """
+    what, chosen = "load_checkpoint", Path(folder).absolute()
+    rank, size = rank_and_size()
+    manifest: Manifest | None = None
+    with together(what):
+        if rank == 0:
+            if not folders.is_step_folder(chosen):
+                found = folders.latest(chosen)
+                if found is None:
+                    raise ValueError(f"there is no complete checkpoint in {chosen}")
+                chosen = found
+            folders.check(chosen)
+    chosen = Path(_from_first(str(chosen)))
+    stock: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    with together(what):
+        manifest = folders.read_manifest(chosen)
+        index = folders.read_index(chosen, manifest)
+        if verify:
+            folders.check_contents(chosen, sorted(manifest.files)[rank::size], manifest)
+        try:
+            stock, values = stock_from_json(index["tensors"]), index["values"]
+            strangers = {chunk.file for stored in stock.values() for chunk in stored.chunks} - set(manifest.files)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{chosen} is damaged: its index makes no sense ({error!r})") from error
+        if strangers:
+            raise CheckpointError(f"{chosen} is damaged: its index names files that are no part of it: {strangers}")
+    return Opened(chosen, stock, values, Mapped(chosen, stock))
+
+
+def copy_from(what: str, reader: RawReader, targets: dict[str, Tensor]) -> None:
+    """Have torch plan which parts of tensors each rank needs, and read them."""
+    with torch_errors(what):
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        load(targets, storage_reader=reader, planner=planner, no_dist=not is_distributed())
+
+
+def _model_problem(
+    own: Mapping[str, Tensor], others: Mapping[str, Any], opened: Opened, strict: bool
+) -> tuple[str, list[str], list[str]]:
+    saved: dict[str, tuple[int, ...]] = {
+        name.removeprefix(MODEL): stored.shape for name, stored in opened.stock.items() if name.startswith(MODEL)
+    }
+    packed = opened.values["model"]
+    saved = {name: shape for name, shape in saved.items() if MODEL + name not in names_in(packed)}
+    saved.update({name: () for name, _ in packed["dict"]})
+    return model_problem(own, list(others), saved, strict)
+
+
+def _refuse_unsaved(given: Mapping[str, Any], opened: Opened) -> None:
+    unsaved = [key for key, thing in given.items() if thing is not None and opened.values[key] is None]
+    if unsaved:
+        raise ValueError(
+            f"{opened.folder} was saved without {', '.join(unsaved)}: leave that out, or pass strict=False"
+        )

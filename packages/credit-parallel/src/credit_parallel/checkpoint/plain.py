@@ -1,0 +1,148 @@
+"""To and from the state dict of the plain model, as ``torch.save`` writes it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from credit_parallel.checkpoint.load import copy_from, open_checkpoint
+from credit_parallel.checkpoint.ranks import resolve, together
+from credit_parallel.checkpoint.state import MODEL, load_model, model_entries, model_problem
+from credit_parallel.checkpoint.storage import Chunk, Fetch, RawReader, Stored
+from credit_parallel.checkpoint.values import unpack
+
+if TYPE_CHECKING:
+    from credit_parallel.context import ParallelContext
+
+
+def export_plain(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, verify: bool = True) -> None:
+    """Write the model of a checkpoint as a state dict of the plain model, which ``torch.load`` reads; on one rank.
+
+    No model is needed, and no torch.distributed. Tensors are mapped, never all in memory.
+
+    Args:
+        folder: The folder of one checkpoint, or that of many, of which the latest complete one is taken.
+        path: The file to write.
+        verify: Compare checksums of the files first.
+
+    Raises:
+        ValueError: If there is no checkpoint.
+        CheckpointError: If it is damaged or not complete.
+    """
+    opened = open_checkpoint(folder, verify)
+    target = Path(path)
+    fetch = opened.files.fetch
+    state: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as scratch:
+        for name, stored in opened.stock.items():
+            if name.startswith(MODEL):
+                state[name.removeprefix(MODEL)] = _assembled(name, stored, fetch, Path(scratch))
+        others = unpack(opened.values["model"], lambda name: state.pop(name.removeprefix(MODEL)))
+        written = Path(scratch) / "state"
+        with written.open("wb") as file:
+            torch.save({**state, **others}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(target)
+
+
+def _assembled(name: str, stored: Stored, fetch: Fetch, scratch: Path) -> Tensor:
+    """A whole tensor: the one chunk that it is, or a file of its own that its chunks are copied to."""
+    if not math.prod(stored.shape):
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    if len(stored.chunks) == 1:
+        return fetch(name, stored.chunks[0]).clone() if not stored.shape else fetch(name, stored.chunks[0])
+    with (scratch / "tensors").open("w+b") as file:
+        (scratch / "tensors").unlink()  # it lives as long as it is mapped
+        file.truncate(math.prod(stored.shape) * stored.dtype.itemsize)
+        memory = mmap.mmap(file.fileno(), 0)
+    whole = torch.frombuffer(memory, dtype=stored.dtype).view(stored.shape)
+    for chunk in stored.chunks:
+        part = whole
+        for dim, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            part = part.narrow(dim, offset, length)
+        part.copy_(fetch(name, chunk))
+    return whole
+
+
+def load_plain(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    target: ParallelContext | nn.Module,
+    *,
+    key: str | None = None,
+    strict: bool = True,
+) -> tuple[list[str], list[str]]:
+    """Load a state dict of the plain model into a model on any layout of ranks; every rank calls it.
+
+    A file is mapped, and each rank reads what it needs of it. It is read by ``torch.load(weights_only=True)``, which
+    runs no code. Names may begin with ``module.`` or ``_orig_mod.``, as wrapped models save them.
+
+    Args:
+        source: A file that ``torch.save`` wrote, or a state dict, the same on every rank.
+        target: The context, or the model, wrapped or not.
+        key: Where in the file the state dict is, such as ``"model_state_dict"``; None if it is the whole.
+        strict: Whether names that only one of both has are errors.
+
+    Returns:
+        Names of the model that are not there, and names there that the model does not have.
+
+    Raises:
+        ValueError: On all ranks alike, if the file cannot be read, or is of another model; nothing is changed then.
+
+    Collectives:
+        Those of ``torch.distributed.checkpoint.load`` and some small ones.
+    """
+    what = "load_plain"
+    model: nn.Module = nn.Module()
+    given: dict[str, Any] = {}
+    own: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    missing: list[str] = []
+    unexpected: list[str] = []
+    with together(what):
+        model, _ = resolve(target)
+        own, others = model_entries(model)
+        given = _plain_names(source if isinstance(source, Mapping) else _read(Path(source)), key)
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
+        problem, missing, unexpected = model_problem(own, list(others), shapes, strict)
+        if problem:
+            raise ValueError(f"{source if not isinstance(source, Mapping) else 'it'} is of another model: {problem}")
+    tensors = {name: given[name].detach() for name in own if isinstance(given.get(name), Tensor)}
+    stock = {
+        name: Stored(t.dtype, tuple(t.shape), (Chunk((0,) * t.ndim, tuple(t.shape), "", 0),))
+        for name, t in tensors.items()
+    }
+    targets = {name: own[name] for name in tensors}
+    copy_from(what, RawReader(stock, lambda name, chunk: tensors[name]), targets)
+    with together(what):
+        load_model(model, {**targets, **{name: given[name] for name in others if name in given}})
+    return missing, unexpected
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as tensors alone: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, no state dict")
+    return loaded
+
+
+def _plain_names(loaded: Mapping[str, Any], key: str | None) -> dict[str, Any]:
+    if key is not None:
+        if not isinstance(loaded.get(key), Mapping):
+            raise ValueError(f"there is no state dict under {key!r}; there are {', '.join(map(str, loaded))}")
+        loaded = loaded[key]
+    names = {name: name.replace("_orig_mod.", "") for name in loaded}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {name: plain.removeprefix("module.") for name, plain in names.items()}
+    return {plain: loaded[name] for name, plain in names.items()}
