@@ -1,6 +1,6 @@
 """Programs written for ``credit.domain_parallel`` and ``credit.parallel`` run on these packages, unchanged.
 
-:func:`install` makes the import paths of :data:`credit_parallel.dropin.names.MODULES` resolve to our modules. For
+:func:`install` makes the import paths of ``credit_parallel.dropin.names.MODULES`` resolve to our modules. For
 programs that cannot be edited::
 
     python -m credit_parallel.dropin train.py --config config.yml

@@ -22,7 +22,7 @@ def install() -> None:
     """Make the reference's import paths resolve to these packages, in this process; may be called again.
 
     Call it before the program imports ``credit``. Modules of the reference that were imported before are replaced in
-    :data:`sys.modules` and as attributes of ``credit``; but whoever took names out of them (``from credit.parallel.mesh
+    ``sys.modules`` and as attributes of ``credit``; but whoever took names out of them (``from credit.parallel.mesh
     import ...``) keeps those, and a warning is logged that says who.
     """
     if _finder in sys.meta_path:
