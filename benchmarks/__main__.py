@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import exchange
+from benchmarks import checkpoint, exchange
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,9 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(f"torch {torch.__version__}, gloo, {os.cpu_count()} cores, threads per rank: {exchange.THREADS}", flush=True)
     results = exchange.run(options.ranks, quick=options.quick)
+    checkpoints = checkpoint.run(options.ranks, quick=options.quick)
     if options.json:
         about = {"torch": torch.__version__, "backend": "gloo", "cores": os.cpu_count(), "threads": exchange.THREADS}
-        options.json.write_text(json.dumps({**about, "exchange": results}, indent=2) + "\n")
+        options.json.write_text(json.dumps({**about, "exchange": results, "checkpoint": checkpoints}, indent=2) + "\n")
 
     differences = [f"{r['case']}, {r['ranks']} ranks, {text}" for r in results for text in r["differences"]]
     for difference in differences:
