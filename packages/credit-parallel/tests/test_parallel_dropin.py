@@ -448,7 +448,7 @@ def train(conf, height):
     assert manager is get_domain_parallel_manager()
     dp_rank, dp_size = data_parallel_coords(conf)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=conf["trainer"].get("scale", True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     fields, weights = data(height)
     losses, gradients = [], []
     for batch in fields:
@@ -557,7 +557,7 @@ LAYOUTS = [
     ("ddp", 1, 2, 16, False, {}),
     ("ddp", 1, 4, 16, False, {}),  # 20 padded rows in blocks of 2: 6, 6, 4, 4, but 4 of the target on each rank
     ("ddp", 1, 4, 14, True, {}),
-    ("ddp", 2, 2, 16, False, {"scale": False}),  # GradScaler takes no mixture of DTensors and plain tensors
+    ("ddp", 2, 2, 16, False, {}),  # whose gradients are DTensors and plain tensors
     ("fsdp2", 1, 2, 16, False, {}),
     ("fsdp2", 1, 4, 16, False, {"activation_checkpoint": True}),  # folded: dp has one rank
     ("fsdp2", 2, 2, 14, True, {}),

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from importlib import import_module
 from types import FunctionType, ModuleType
 
+from credit_parallel.dropin import scaler
 from credit_parallel.dropin.finder import Alias, DropInFinder
 from credit_parallel.dropin.names import MODULES, PACKAGES, ROOT, is_replaced
 
@@ -34,6 +35,7 @@ def install() -> None:
     for name in replaced:
         del sys.modules[name]
     sys.meta_path.insert(0, _finder)
+    scaler.install()
     try:
         for name in replaced:
             import_module(name)
@@ -52,6 +54,7 @@ def uninstall() -> None:
     if _finder not in sys.meta_path:
         return
     sys.meta_path.remove(_finder)
+    scaler.uninstall()
     for name in [name for name in sys.modules if is_replaced(name)]:
         del sys.modules[name]
     sys.modules.update(_before)
