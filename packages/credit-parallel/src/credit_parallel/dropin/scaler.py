@@ -1,7 +1,8 @@
 """Torch's gradient scaler, for programs that make their own, on a model with parameters divided over tp ranks.
 
 It looks for what is not finite in all gradients of one dtype at once, and torch refuses such a list where some are
-DTensors and others plain tensors. The plain ones are the same on all tp ranks, so they are passed as replicated DTensors.
+DTensors and others plain tensors. The plain ones are the same on all tp ranks, so they are passed as replicated
+DTensors.
 """
 
 from __future__ import annotations
