@@ -180,7 +180,14 @@ def test_there_and_back(number, a, b, curves, tmp_path):
 SIX = [None, ("fsdp2", 2, 1, 2), ("fsdp2", 1, 2, 3), ("ddp", 2, 2, 1), ("ddp", 1, 1, 3), ("none", 1, 2, 2)]
 
 
+EXHAUSTIVE = pytest.mark.skipif(
+    not os.environ.get("CREDIT_EXHAUSTIVE"), reason="takes minutes: CREDIT_EXHAUSTIVE=1 runs it, and 6 pairs run always"
+)
+
+
+@EXHAUSTIVE
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("a", SIX, ids=str)
 def test_every_pair_of_six(a, curves, tmp_path):
     there, back = tmp_path / "there", tmp_path / "back"
@@ -796,7 +803,9 @@ def killed_at(nth, folder, asynchronous):
     save_checkpoint(folder, Counter(1), step=1, keep=1, asynchronous=asynchronous).wait()
 
 
+@EXHAUSTIVE
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_before_every_change_of_a_file(asynchronous, tmp_path):
     context = multiprocessing.get_context("forkserver")
@@ -816,5 +825,6 @@ def test_killed_before_every_change_of_a_file(asynchronous, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_many_times(tmp_path):
     kills(50, tmp_path)
