@@ -256,6 +256,27 @@ def test_report_and_log(caplog):
         conversion_report(nn.Linear(1, 1))
 
 
+def test_a_granularity_that_was_set_is_kept():
+    """Windows that no module declares, or a second model on the same rows."""
+    manager = SimpleNamespace(domain_parallel_size=2, granularity=6)
+    model = convert_to_domain_parallel(UNet(), manager)
+    assert manager.granularity == 12
+    assert conversion_report(model).granularity == 12
+
+
+def test_what_cannot_be_made_changes_nothing():
+    manager = SimpleNamespace(domain_parallel_size=2, granularity=1)
+
+    def fails(module):
+        raise ValueError("no such thing")
+
+    model = nn.Sequential(nn.Conv2d(1, 1, 4, 4), nn.Bilinear(1, 1, 1))
+    with pytest.raises(ValueError, match="no such thing"):
+        convert_to_domain_parallel(model, manager, custom_converters={nn.Bilinear: fails})
+    assert type(model[0]) is nn.Conv2d
+    assert manager.granularity == 1
+
+
 def test_one_rank_is_left_alone():
     model = UNet()
     assert convert_to_domain_parallel(model, SimpleNamespace(domain_parallel_size=1)) is model

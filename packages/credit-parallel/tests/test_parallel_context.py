@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import _threads, run_processes, run_threads
 from credit_parallel import ParallelContext, parallelize
 
 HEIGHT, WIDTH, SAMPLES = 13, 6, 4
@@ -181,6 +181,38 @@ def accumulated(rank, conf, parts):
 def test_accumulation(mode):
     expected = accumulated(0, conf_of("none", 1, 1), 1)
     compare(run_threads(accumulated, 4 if mode != "none" else 2, conf_of(mode, 1, 2), 2), expected, 1e-9)
+
+
+@pytest.mark.parametrize(("mode", "reduction"), [("ddp", "allreduce"), ("fsdp2", "reduce_scatter")])
+def test_accumulation_sends_no_gradients_before_the_last(mode, reduction, monkeypatch):
+    sent: dict[int, int] = {0: 0, 1: 0}
+    original = getattr(_threads._ThreadGroup, reduction)
+
+    def counting(group, *args, **kwargs):
+        sent[group._rank] += any(_numel(value) > 1 for value in args)  # a barrier sums a single number
+        return original(group, *args, **kwargs)
+
+    monkeypatch.setattr(_threads._ThreadGroup, reduction, counting)
+
+    def rank_main(rank):
+        context = parallelize(make(torch.float64), conf_of(mode, 1, 1), check_batches=0)
+        counts = []
+        for last in (False, False, True):
+            start = sent[rank]
+            with context.accumulate(last=last):
+                context.model(torch.ones(1, 2, HEIGHT, WIDTH, dtype=torch.float64)).sum().backward()
+            counts.append(sent[rank] - start)
+        return counts
+
+    for *before, at_last in run_threads(rank_main, 2):
+        assert before == [0, 0]
+        assert at_last > 0
+
+
+def _numel(value) -> int:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def violated(rank):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,14 +107,16 @@ def convert_to_domain_parallel(
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.
         input_shape: Global shape of the model's input, for models whose total stride cannot be seen otherwise; see
-            :func:`credit_domain.stride.granularity_of`.
+            :func:`credit_domain.stride.granularity_of`. A granularity that the manager has already is kept: the
+            boundaries become multiples of both.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
 
     Returns:
         The model; the replacement, where the model itself is a layer that is converted.
 
     Raises:
-        ValueError: If modules are refused: all of them, by name, with what to do. If ``shard_dim`` is not negative.
+        ValueError: If modules are refused: all of them, by name, with what to do. If ``shard_dim`` is no spatial dim,
+            or the declared partition does not fit the model's total stride. Nothing is changed then.
 
     Collectives:
         None. The converted model carries its manager (``_domain_parallel_manager``) and a :class:`ConversionReport`
@@ -132,9 +135,10 @@ def convert_to_domain_parallel(
         raise ValueError(_refusal(plan.refused))
     free = free_windows(model, custom_converters)
     granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
+    made = {key: make(plan.names[key]) for key, make in plan.replace.items()}  # any of which may still refuse
     if hasattr(manager, "granularity"):
-        _set_granularity(manager, granularity)
-    model = _apply(model, plan)
+        granularity = _set_granularity(manager, granularity)
+    model = _apply(model, made)
     _settle(model, manager)
     return _finish(model, manager, ConversionReport(tuple(plan.lines), granularity))
 
@@ -274,9 +278,8 @@ def _refusal(refused: Sequence[str]) -> str:
     )
 
 
-def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
+def _apply(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
     """Put every replacement wherever the module that it replaces stands."""
-    made = {key: make(plan.names[key]) for key, make in plan.replace.items()}
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if child is not None and id(child) in made:
@@ -311,11 +314,14 @@ def _settle(model: nn.Module, manager: Any) -> None:
                 module.__dict__["label"] = name
 
 
-def _set_granularity(manager: Any, granularity: int) -> None:
+def _set_granularity(manager: Any, granularity: int) -> int:
+    """Make boundaries multiples of what this model needs and of what was asked for before, as for another model."""
+    both = math.lcm(granularity, manager.granularity)
     try:
-        manager.granularity = granularity
+        manager.granularity = both
     except ValueError as error:
-        raise ValueError(f"the model needs rows in blocks of {granularity}: {error}") from None
+        raise ValueError(f"the model needs rows in blocks of {both}: {error}") from None
+    return both
 
 
 def _finish(model: nn.Module, manager: Any, report: ConversionReport) -> nn.Module:

@@ -45,7 +45,7 @@ def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
         A broadcast of each tensor; every rank must call it.
     """
     model = get_raw_model(model)
-    own = {_plain(name): name for name in model.state_dict()}
+    own = {plain_name(name): name for name in model.state_dict()}
     _raise_together(_misfits(model, own, sd) if _is_first() else "", "fsdp2_load_state_dict")
     if dist.is_initialized():
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -74,13 +74,13 @@ def fsdp2_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer) -> 
     Collectives:
         Gathers each sharded tensor; every rank must call it.
     """
-    names = _names_of(model, opt)
+    names = names_of(model, opt)
     state: dict[str, dict[str, Any]] = {}
     for p, name in names.items():
         if p not in opt.state:
             continue
         for key, value in opt.state[p].items():
-            if isinstance(p, DTensor) and _is_plain_part(value):
+            if isinstance(p, DTensor) and is_plain_part(value):
                 raise ValueError(
                     f"{type(opt).__name__} keeps {key} of {name}, which is sharded, as a plain {type(value).__name__}: "
                     "what it would be for the whole parameter is not known"
@@ -111,13 +111,11 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
     Collectives:
         A broadcast of each tensor; every rank must call it.
     """
-    names = _names_of(model, opt)
+    names = names_of(model, opt)
     parameters = {name: p for p, name in names.items()}
     wanted = [[names[p] for p in group["params"]] for group in opt.param_groups]
-    _raise_together(
-        _optimizer_misfits(parameters, wanted, sd) if _is_first() else "", "fsdp2_load_optimizer_state_dict"
-    )
-    state, settings = _from_first(_outline(sd) if _is_first() else None)
+    _raise_together(optimizer_misfits(parameters, wanted, sd) if _is_first() else "", "fsdp2_load_optimizer_state_dict")
+    state, settings = from_first(_outline(sd) if _is_first() else None)
     # Tensors of a parameter's shape are divided as it is. torch's functions divide those of a module.
     holder = nn.Module()
     places: list[tuple[str, str]] = []
@@ -141,7 +139,7 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
     opt.load_state_dict({"state": {number[name]: values for name, values in state.items()}, "param_groups": groups})
 
 
-def _is_plain_part(value: Any) -> bool:
+def is_plain_part(value: Any) -> bool:
     """Whether an optimizer keeps something other than numbers and DTensors."""
     return isinstance(value, (Mapping, list, tuple)) or (
         isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
@@ -171,9 +169,9 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _names_of(model: nn.Module, opt: torch.optim.Optimizer) -> dict[Tensor, str]:
+def names_of(model: nn.Module, opt: torch.optim.Optimizer) -> dict[Tensor, str]:
     """The names of an optimizer's parameters, in its order."""
-    names: dict[Tensor, str] = {p: _plain(name) for name, p in get_raw_model(model).named_parameters()}
+    names: dict[Tensor, str] = {p: plain_name(name) for name, p in get_raw_model(model).named_parameters()}
     listed = [p for group in opt.param_groups for p in group["params"]]
     if strangers := [p for p in listed if p not in names]:
         raise ValueError(
@@ -183,7 +181,7 @@ def _names_of(model: nn.Module, opt: torch.optim.Optimizer) -> dict[Tensor, str]
     return {p: names[p] for p in listed}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without what torch.compile adds to it."""
     return name.replace("_orig_mod.", "")
 
@@ -200,7 +198,8 @@ def _misfits(model: nn.Module, own: Mapping[str, str], sd: Mapping[str, Any]) ->
     return _listed(problems)
 
 
-def _optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequence[str]], sd: Mapping[str, Any]) -> str:
+def optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequence[str]], sd: Mapping[str, Any]) -> str:
+    """Why a saved optimizer state does not fit the parameters; empty if it does."""
     problems = []
     groups = [list(group["params"]) for group in sd["param_groups"]]
     if [set(group) for group in groups] != [set(group) for group in wanted]:
@@ -233,7 +232,7 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _from_first(value: Any) -> Any:
+def from_first(value: Any) -> Any:
     """What the first rank of the world has."""
     if not dist.is_initialized():
         return value
@@ -243,7 +242,7 @@ def _from_first(value: Any) -> Any:
 
 
 def _raise_together(problem: str, what: str) -> None:
-    problem = _from_first(problem)
+    problem = from_first(problem)
     if problem:
         raise ValueError(f"{what}: {problem}")
 

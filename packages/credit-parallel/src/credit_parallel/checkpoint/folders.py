@@ -1,6 +1,6 @@
 """The folders of checkpoints: complete or not there, newest last, and never more than are wanted.
 
-``step-N`` is made under another name, ``step-N.partial-XXXXXXXX``, and gets its own by one rename once every file is on
+``step-N`` is made under another name, ``step-N.partial-<random>``, and gets its own by one rename once every file is on
 the disk. A process that is killed leaves a partial folder, which nothing loads and the next save removes.
 """
 

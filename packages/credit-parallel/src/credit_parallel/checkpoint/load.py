@@ -29,7 +29,7 @@ from credit_parallel.checkpoint.state import (
 )
 from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock, stock_from_json
 from credit_parallel.checkpoint.values import names_in, unpack
-from credit_parallel.state_dicts import _from_first
+from credit_parallel.state_dicts import from_first
 
 if TYPE_CHECKING:
     from credit_parallel.context import ParallelContext
@@ -168,7 +168,7 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
                     raise ValueError(f"there is no complete checkpoint in {chosen}")
                 chosen = found
             folders.check(chosen)
-    chosen = Path(_from_first(str(chosen)))
+    chosen = Path(from_first(str(chosen)))
     stock: dict[str, Any] = {}
     values: dict[str, Any] = {}
     with together(what):

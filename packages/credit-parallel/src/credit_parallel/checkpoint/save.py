@@ -28,7 +28,7 @@ from credit_parallel.checkpoint.state import MODEL, RNG, model_entries, optimize
 from credit_parallel.checkpoint.storage import RawWriter, stock_to_json
 from credit_parallel.checkpoint.values import pack
 from credit_parallel.contract import gather_numbers
-from credit_parallel.state_dicts import _from_first
+from credit_parallel.state_dicts import from_first
 
 if TYPE_CHECKING:
     from credit_parallel.context import ParallelContext
@@ -106,7 +106,7 @@ def save_checkpoint(
     partial = Path()
     with together(what):
         partial = folders.start(Path(folder).absolute(), step) if rank == 0 else partial
-    partial = Path(_from_first(str(partial)))
+    partial = Path(from_first(str(partial)))
     with together(what):
         if not partial.is_dir():
             raise CheckpointError(f"{partial}, which the first rank made, is not there: is the file system shared?")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from credit_parallel.checkpoint.storage import Stock
 from credit_parallel.checkpoint.values import names_in, pack, unpack
-from credit_parallel.state_dicts import _is_plain_part, _names_of, _optimizer_misfits, _plain
+from credit_parallel.state_dicts import is_plain_part, names_of, optimizer_misfits, plain_name
 
 MODEL, OPTIMIZER, RNG = "model/", "optimizer/", "rng/"
 
@@ -21,14 +21,14 @@ _OWN_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable", "dif
 
 def model_entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a model's state dict, which share its memory, and its other entries, by plain names."""
-    entries = {_plain(name): value for name, value in model.state_dict().items()}
+    entries = {plain_name(name): value for name, value in model.state_dict().items()}
     tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in entries.items() if name not in tensors}
 
 
 def load_model(model: nn.Module, values: Mapping[str, Any]) -> None:
     """Load values by plain names. Tensors are the model's own by now, but hooks of modules want to know."""
-    own = {_plain(name): name for name in model.state_dict()}
+    own = {plain_name(name): name for name in model.state_dict()}
     model.load_state_dict({own[name]: value for name, value in values.items()}, strict=False)
 
 
@@ -38,7 +38,7 @@ def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     Raises:
         ValueError: If it has parameters that are none of the model's, or keeps a plain tensor for a sharded parameter.
     """
-    names = _names_of(model, optimizer)
+    names = names_of(model, optimizer)
     state: dict[str, Any] = {}
     for p, name in names.items():
         if p not in optimizer.state:
@@ -46,7 +46,7 @@ def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         state[name] = {}
         for key, value in optimizer.state[p].items():
             path = f"{OPTIMIZER}{name}/{key}"
-            if isinstance(p, DTensor) and _is_plain_part(value):
+            if isinstance(p, DTensor) and is_plain_part(value):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {key} of {name}, which is sharded, as a plain "
                     f"{type(value).__name__}: what it would be for the whole parameter is not known"
@@ -68,14 +68,14 @@ def optimizer_problem(
     model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], stock: Stock
 ) -> str:
     """What keeps a saved state from being loaded into an optimizer; empty if nothing does."""
-    names = _names_of(model, optimizer)
+    names = names_of(model, optimizer)
     wanted = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     parameters = {name: p for p, name in names.items()}
     shapes = {
         name: unpack({"dict": list(values.items())}, lambda tensor: _outline(stock, tensor))
         for name, values in saved["state"].items()
     }
-    return _optimizer_misfits(parameters, wanted, {"state": shapes, "param_groups": saved["param_groups"]})
+    return optimizer_misfits(parameters, wanted, {"state": shapes, "param_groups": saved["param_groups"]})
 
 
 def _outline(stock: Stock, name: str) -> Tensor:
@@ -87,7 +87,7 @@ def optimizer_targets(
 ) -> dict[str, Tensor]:
     """Memory for the tensors of a saved state: divided as its parameter where it is of the same shape."""
     targets = {}
-    parameters = {name: p for p, name in _names_of(model, optimizer).items()}
+    parameters = {name: p for p, name in names_of(model, optimizer).items()}
 
     def allocate(name: str, p: Tensor) -> None:
         stored = stock[name]
@@ -113,7 +113,7 @@ def load_optimizer(
     tensor_of: Callable[[str], Tensor],
 ) -> None:
     """Give an optimizer a saved state, whose tensors are there."""
-    names = list(_names_of(model, optimizer).values())
+    names = list(names_of(model, optimizer).values())
     number = {name: i for i, name in enumerate(names)}
     state = {
         number[name]: {key: unpack(value, tensor_of) for key, value in values.items()}
