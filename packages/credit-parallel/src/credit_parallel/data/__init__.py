@@ -1,0 +1,1 @@
+"""Data sets of which every rank reads its own rows alone."""

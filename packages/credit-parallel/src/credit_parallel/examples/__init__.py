@@ -1,0 +1,1 @@
+"""Models to train and to copy from, written for one rank."""

@@ -1,0 +1,1 @@
+"""A training loop for sharded models, and its parts."""
