@@ -155,8 +155,12 @@ class RunConfig:
         return run
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> RunConfig:
+    def from_file(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> RunConfig:
         """Read a YAML file.
+
+        Args:
+            path: The file.
+            changes: Values in place of the file's, such as ``trainer.steps=10``; what follows ``=`` is YAML.
 
         Raises:
             ValueError: If there is no such file, it is no YAML, or as :meth:`from_dict`.
@@ -167,8 +171,11 @@ class RunConfig:
             raise ValueError(f"{path}: {error.strerror or error}") from None
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        conf = {} if conf is None else conf
+        for change in changes:
+            _change(conf, change)
         try:
-            return cls.from_dict({} if conf is None else conf)
+            return cls.from_dict(conf)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -189,6 +196,26 @@ class RunConfig:
     def to_yaml(self) -> str:
         """The same as text."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _change(conf: Any, change: str) -> None:
+    """Put a value in its place, which is made where it is missing."""
+    path, equals, text = change.partition("=")
+    *blocks, key = path.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{change!r}: what follows = is no YAML: {' '.join(str(error).split())}") from None
+    if not equals or not all((*blocks, key)):
+        raise ValueError(f"expected a key and its value, such as trainer.steps=10; got {change!r}")
+    for block in blocks:
+        inner = conf.get(block) if isinstance(conf, dict) else None
+        if not isinstance(conf, dict) or not isinstance(inner, (dict, type(None))):
+            raise ValueError(f"{change!r}: {block} is no block of keys and values")
+        if inner is None:
+            inner = conf[block] = {}
+        conf = inner
+    conf[key] = value
 
 
 def _plain(value: Any) -> Any:
