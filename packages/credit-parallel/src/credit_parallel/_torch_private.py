@@ -42,3 +42,15 @@ def leave_to_others(module: nn.Module, names: Iterable[str]) -> None:
 def is_view(x: Tensor) -> bool:
     """Whether autograd knows a tensor as a view of another; nothing public tells."""
     return x._base is not None
+
+
+def allow_recompilations(least: int) -> None:
+    """Let torch.compile make so many versions of one function.
+
+    Blocks of a class share its code, and each shape of theirs is a version, in training and without gradients. There is
+    no way to ask for the limit of one function, and the public name of the setting is younger than torch 2.8.
+    """
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, least)

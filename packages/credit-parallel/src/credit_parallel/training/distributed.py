@@ -1,0 +1,85 @@
+"""Joining the ranks of a program, under torchrun or started by :mod:`credit_parallel.cli.launch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+RENDEZVOUS = "CREDIT_PARALLEL_RENDEZVOUS"
+"""The file through which ranks of this machine meet; torchrun's ranks meet through ``MASTER_ADDR``."""
+
+
+class Place(NamedTuple):
+    """Where this process is among the ranks that were started, before they have met.
+
+    Attributes:
+        rank: Of all ranks.
+        world_size: How many there are.
+        local_rank: Of those on this machine.
+        local_size: How many those are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place() -> Place:
+    """What the environment says, as torchrun and the launcher of this package set it."""
+    if "WORLD_SIZE" not in os.environ:
+        return Place()
+    number = {key: int(os.environ.get(key, default)) for key, default in _DEFAULTS.items()}
+    return Place(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], number["LOCAL_WORLD_SIZE"])
+
+
+_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def device_named(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a rank: ``cpu``, or the GPU of its number on this machine; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: If there are fewer GPUs than ranks on this machine.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ValueError(
+            f"trainer.device: rank {local_rank} of this machine needs a GPU of its own, and torch sees {count}: start "
+            f"{max(1, count)} ranks on it, or say device: cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Place]:
+    """Ranks that were started together, as a torch.distributed world; a single rank goes without.
+
+    The backend is NCCL on GPUs (gloo beside it for what lies in CPU memory), and gloo on CPUs.
+
+    Args:
+        device: Of this rank.
+    """
+    at = place()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // at.local_size))
+    if at.world_size == 1:
+        yield at
+        return
+    file = os.environ.get(RENDEZVOUS)
+    options = {"init_method": f"file://{file}", "rank": at.rank, "world_size": at.world_size} if file else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    try:
+        yield at
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
