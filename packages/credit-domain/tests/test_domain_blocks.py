@@ -402,6 +402,14 @@ def test_compiled_equals_eager():
     run_processes(compiled, 3, timeout=240)
 
 
+def test_compiled_on_one_rank_at_two_sizes():
+    """The second one, whose sizes torch.compile takes for symbols."""
+    net = torch.compile(blocks.WindowAttention(4, (2, 3), 2, (1, 1)), backend="aot_eager", fullgraph=True)
+    for rows in (6, 9):
+        x = torch.randn(1, 4, rows, 2 * rows)
+        assert torch.allclose(net(x), net._orig_mod(x))
+
+
 def test_checkpointed_and_copied():
     partition = RowPartition((5, 4, 2))
 

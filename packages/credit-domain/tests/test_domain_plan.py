@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from credit_domain import convert_to_domain_parallel, footprint, plan_domain_parallel
+from credit_domain.blocks import WindowAttention
 from credit_domain.layers import DomainParallelPeriodicConv2d
 from credit_domain.planning import traffic
 from credit_halo import EdgeRule, plan_rows
 from credit_halo.testing import _threads, run_threads
-from credit_mesh import RowPartition, initialize_domain_parallel
+from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_domain_parallel
 
 
 @settings(max_examples=100)
@@ -35,6 +36,31 @@ def test_traffic_is_that_of_the_exchange(data, partition):
     _, _, sent, messages = traffic(found)
     assert sent == [plan.sent_rows for plan in plans]
     assert messages == [len(plan.sends) for plan in plans]
+
+
+class StridedWindows(nn.Module):
+    """Convolutions that have a total stride, around windows that exchange rows by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(2, 4, 2, 2), nn.ConvTranspose2d(4, 2, 2, 2)
+        self.windows = WindowAttention(4, (2, 2), 2, (1, 1))
+
+    def forward(self, x):
+        return self.up(self.windows(self.down(x)))
+
+
+def test_a_run_for_shapes_takes_no_other_rank_along():
+    """The blocks of a model look up the present manager, and must not find it."""
+
+    def planned(rank):
+        manager = initialize_domain_parallel(2, 2)
+        plan_domain_parallel(StridedWindows(), (1, 2, 16, 8), 2)
+        convert_to_domain_parallel(StridedWindows(), manager, input_shape=(1, 2, 16, 8))
+        assert get_domain_parallel_manager() is manager
+        return manager.granularity
+
+    assert run_threads(planned, 2) == [2, 2]
 
 
 def test_unet():

@@ -115,7 +115,7 @@ def sizes_of(
         A small all-gather; none once learned.
     """
     if domain.size == 1:
-        return (x.shape[dim],)
+        return (operator.index(x.shape[dim]),)
     if partition is not None:
         _check_partition(x, dim, domain, label, partition)
         return partition.sizes

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit_mesh.manager import set_aside
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -52,7 +54,7 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
         if watch(module):
             module.register_forward_hook(_listing(name, calls), with_kwargs=True)
     try:
-        with torch.no_grad(), torch.device("meta"):
+        with set_aside(), torch.no_grad(), torch.device("meta"):
             ghost(*args, **kwargs)
     except Exception as error:
         where = f" (in {running[-1]})" if running and running[-1] else ""

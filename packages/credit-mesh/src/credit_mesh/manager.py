@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from weakref import WeakKeyDictionary, ref
@@ -319,6 +320,18 @@ def initialize_domain_parallel(
 def get_domain_parallel_manager() -> DomainParallelManager | None:
     """Return the manager of this process (of this rank), or None if none was initialised in the present world."""
     return _managers.get(_world()) if dist.is_initialized() else None
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Inside there is no present manager: for a run of a model in which no other rank takes part."""
+    world = _world() if dist.is_initialized() else None
+    manager = None if world is None else _managers.pop(world, None)
+    try:
+        yield
+    finally:
+        if world is not None and manager is not None:
+            _managers[world] = manager
 
 
 def destroy_domain_parallel() -> None:

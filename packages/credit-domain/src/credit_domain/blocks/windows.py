@@ -312,15 +312,16 @@ class WindowAttention(Block):
         """
         settings = {"cyclic": self.cyclic, "dilated": self.dilated, "dim": self.dim, **self.sharding}
         tokens, layout = split_windows(x, self.window, self.shift, **settings)
-        B, n, N, C = tokens.shape
-        qkv = self.qkv(tokens).reshape(B * n, N, 3, self.heads, C // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        B, n, N, _ = tokens.shape
+        qkv = self.qkv(tokens)
+        each = qkv.shape[-1] // (3 * self.heads)  # channels of a head; a tensor-parallel rank has some of the heads
+        query, key, value = qkv.reshape(B * n, N, 3, self.heads, each).permute(2, 0, 3, 1, 4).unbind()
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = bias.reshape(N, N, self.heads).permute(2, 0, 1)
         if layout.inside is not None:
             bias = bias.masked_fill(~layout.inside[:, None, None], float("-inf")).repeat(B, 1, 1, 1)
         out = attend(query, key, value, bias)
-        return join_windows(self.proj(out.transpose(1, 2).reshape(B, n, N, C)), layout)
+        return join_windows(self.proj(out.transpose(1, 2).reshape(B, n, N, self.heads * each)), layout)
 
 
 def relative_positions(window: Sequence[int]) -> Tensor:
