@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -265,6 +266,29 @@ def test_mistakes_are_found_before_a_rank_starts(change, ranks, message, tmp_pat
         conf[block] = {**conf[block], **values} if block == "trainer" else values
     with pytest.raises(ValueError, match=re.escape(message)):
         check(RunConfig.from_dict(conf), ranks)
+
+
+@pytest.mark.parametrize("time", [2, 10], ids=["training", "validation"])
+def test_values_that_are_missing(time, tmp_path):
+    """Found before the first step, also in what is validated on."""
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("netCDF4")
+    values = torch.randn(12, 8, 16).numpy()
+    values[time, 3, 4] = float("nan")
+    hours = [f"2020-01-01T{hour:02}" for hour in range(12)]
+    coordinates = {
+        "time": ("time", [np.datetime64(hour, "ns") for hour in hours]),
+        "latitude": ("latitude", torch.linspace(70, -70, 8).numpy(), {"units": "degrees_north"}),
+        "longitude": ("longitude", (torch.arange(16) * 22.5).numpy(), {"units": "degrees_east"}),
+    }
+    data = xarray.Dataset({"t": (("time", "latitude", "longitude"), values)}, coordinates)
+    data.to_netcdf(tmp_path / "t.nc")
+    conf = {**conf_of(tmp_path / "run"), "data": {"source": str(tmp_path / "t.nc")}}
+    with pytest.raises(
+        ValueError, match=rf"'t' has 1 value\(s\) that are missing or not finite, first at {hours[time]}"
+    ):
+        run({**conf, "trainer": {**conf["trainer"], "rollout": 1}}, 1)
+    assert not (tmp_path / "run" / FILE).exists()
 
 
 def command(*arguments, **kwargs):

@@ -92,6 +92,7 @@ def compute_statistics(
     manager: DomainParallelManager | None = None,
     *,
     weights: Tensor | None = None,
+    others: Sequence[int] = (),
 ) -> Statistics:
     """Mean and spread of each channel over all rows and some times, and its typical change over a lead.
 
@@ -106,6 +107,7 @@ def compute_statistics(
         rows: This rank's rows.
         manager: The manager; None for one rank by itself.
         weights: Weight of each row of the grid, of shape (H,); None takes the cosine of latitude.
+        others: Further times, which do not count, but in which no value may be missing either.
 
     Raises:
         ValueError: On all ranks alike: if a value is missing or not finite, a channel is constant or does not change,
@@ -118,8 +120,8 @@ def compute_statistics(
     found = torch.zeros(len(_Moments.names), len(source.channels), dtype=torch.float64)
     problem, cause = None, None
     try:
-        checked_times(source, times)
-        found = _own(source, list(times), lead_steps, rows, manager, _weights(source, weights))
+        checked_times(source, (*times, *others))
+        found = _own(source, list(times), lead_steps, rows, manager, _weights(source, weights), list(others))
     except Exception as error:
         problem, cause = str(error) if isinstance(error, ValueError) else one_line(error), error
         if manager is None:
@@ -177,11 +179,15 @@ class _Moments:
         self.bad, self.first_bad = self.bad + bad, torch.minimum(self.first_bad, first_bad)
         self.least, self.most = torch.minimum(self.least, least), torch.maximum(self.most, most)
 
+    def look(self, fields: Tensor, times: Tensor) -> None:
+        """Note which values of fields (T, C, rows, W) at some times are not finite."""
+        bad = (~fields.isfinite()).sum((2, 3))
+        first = torch.where(bad > 0, times[:, None].to(torch.float64), torch.inf)
+        self.bad, self.first_bad = self.bad + bad.sum(0), torch.minimum(self.first_bad, first.amin(0))
+
     def add(self, fields: Tensor, changes: Tensor, times: Tensor, weights: Tensor) -> None:
         """Add fields (T, C, rows, W) and changes of some times, and the weights (rows, 1) of their rows."""
-        finite = fields.isfinite()
-        bad = (~finite).sum((2, 3))
-        first = torch.where(bad > 0, times[:, None].to(torch.float64), torch.inf)
+        self.look(fields, times)
         weight = weights.sum() * fields.shape[0] * fields.shape[3]
         values = fields.to(torch.float64)
         mean = (values * weights).sum((0, 2, 3)) / weight if weight > 0 else torch.zeros_like(self.mean)
@@ -190,11 +196,8 @@ class _Moments:
         change = (changes**2 * weights).sum((0, 2, 3))
         every = torch.ones_like(mean)
         least, most = (f(values, (0, 2, 3)).to(torch.float64) for f in (torch.amin, torch.amax))
-        self.merge(
-            torch.stack(
-                [weight * every, mean, square, pairs * every, change, bad.sum(0).double(), first.amin(0), least, most]
-            )
-        )
+        none, never = torch.zeros_like(mean), torch.full_like(mean, torch.inf)
+        self.merge(torch.stack([weight * every, mean, square, pairs * every, change, none, never, least, most]))
 
 
 def _own(
@@ -204,6 +207,7 @@ def _own(
     rows: range,
     manager: DomainParallelManager | None,
     weights: Tensor,
+    others: Sequence[int],
 ) -> Tensor:
     """The moments of this rank's rows of its share of the times."""
     if isinstance(lead_steps, bool) or not isinstance(lead_steps, int) or lead_steps < 1:
@@ -224,6 +228,8 @@ def _own(
         changes = fields[[place[time] for time in ahead]].double() - fields[[place[time] for time in starts]].double()
         if own.numel():
             moments.add(own, changes, torch.tensor(block), own_weights)
+    for block in _blocks(_share(others, manager), at_once):
+        moments.look(source.read(block, rows), torch.tensor(block))
     return moments.stacked()
 
 

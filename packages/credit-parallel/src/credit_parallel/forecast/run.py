@@ -13,10 +13,10 @@ from credit_parallel.checkpoint.ranks import together
 from credit_parallel.contract import place_of
 from credit_parallel.data.forcings import Forcings
 from credit_parallel.data.source import Source
-from credit_parallel.forecast.scores import LeadScores
 from credit_parallel.forecast.writer import ForecastWriter
 from credit_parallel.training.experiment import Experiment
 from credit_parallel.training.rollout import rollout
+from credit_parallel.training.scores import LeadScores
 
 WHAT = "forecast"
 

@@ -75,9 +75,11 @@ def joined(device: torch.device) -> Iterator[Place]:
     if at.world_size == 1:
         yield at
         return
-    file = os.environ.get(RENDEZVOUS)
-    options = {"init_method": f"file://{file}", "rank": at.rank, "world_size": at.world_size} if file else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if file := os.environ.get(RENDEZVOUS):
+        dist.init_process_group(backend, init_method=f"file://{file}", rank=at.rank, world_size=at.world_size)
+    else:
+        dist.init_process_group(backend)
     try:
         yield at
         dist.barrier()

@@ -95,7 +95,9 @@ def check(config: RunConfig, world_size: int, *, training: bool = True) -> Check
     try:
         layout = trainer.parallelism.layout(world_size)
     except ValueError as error:
-        raise ValueError(f"trainer.parallelism: {error} (--ranks N, or torchrun, says how many ranks there are)") from None
+        raise ValueError(
+            f"trainer.parallelism: {error} (--ranks N, or torchrun, says how many ranks there are)"
+        ) from None
     if trainer.parallelism.data == "none" and layout.dp > 1:
         raise ValueError(
             f"trainer.parallelism.data: none keeps {layout.dp} replicas apart; say ddp or fsdp2, or start "
@@ -263,6 +265,8 @@ def compile_blocks(model: nn.Module, conf: dict[str, Any]) -> None:
 def statistics_of(checked: Checked, context: ParallelContext, rows: range, folder: Path) -> Statistics:
     """The statistics of the training data: those in the folder of the run, or worked out now and kept there.
 
+    Where they are worked out, all training and validation data are read once, and missing values refused.
+
     Raises:
         ValueError: On all ranks alike, as :func:`credit_parallel.data.statistics.compute_statistics`.
 
@@ -279,7 +283,8 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range, folde
     labels = [channel.label for channel in checked.source.channels]
     if kept is not None and kept.get("of") == of:
         return Statistics.from_dict(kept["statistics"], labels)
-    found = compute_statistics(checked.source, checked.train, checked.lead_steps, rows, context.manager)
+    unseen = sorted({*checked.valid} - {*checked.train})
+    found = compute_statistics(checked.source, checked.train, checked.lead_steps, rows, context.manager, others=unseen)
     with together(str(path)):
         if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +299,7 @@ def _identity(checked: Checked) -> dict[str, Any]:
     source = data["source"]
     stamp = [os.path.getsize(source), os.path.getmtime(source)] if os.path.isfile(source) else None
     of = {key: data[key] for key in ("source", "variables", "levels", "options")}
-    times = [checked.train[0], checked.train[-1], len(checked.train)]
+    times = [(each[0], each[-1], len(each)) if each else None for each in (checked.train, checked.valid)]
     identity: dict[str, Any] = json.loads(
         json.dumps({**of, "times": times, "lead": checked.lead_steps, "file": stamp})  # as it will be read
     )

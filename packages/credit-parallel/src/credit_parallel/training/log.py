@@ -41,7 +41,7 @@ class MetricsLog:
                 raise ValueError(
                     "trainer.tensorboard: TensorBoard is not installed: pip install 'credit-parallel[tensorboard]'"
                 ) from None
-            self._board = SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder), purge_step=step)
 
     def write(self, event: str, **values: Any) -> None:
         """Write one event; nested mappings become nested JSON, and tags of TensorBoard joined by ``/``."""
@@ -52,14 +52,14 @@ class MetricsLog:
         if self._board is not None and "step" in values:
             for name, value in _numbers(event, values):
                 if name != f"{event}/step":
-                    self._board.add_scalar(name, value, values["step"])  # type: ignore[no-untyped-call]
+                    self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
         """Close the files."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

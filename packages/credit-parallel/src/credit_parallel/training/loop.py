@@ -25,7 +25,7 @@ from credit_parallel.state_dicts import from_first
 from credit_parallel.training.experiment import Checked, Experiment, prepare, statistics_of
 from credit_parallel.training.log import MetricsLog
 from credit_parallel.training.schedule import make_optimizer, make_scheduler
-from credit_parallel.training.scores import Scores
+from credit_parallel.training.scores import LeadScores
 from credit_parallel.training.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -136,8 +136,8 @@ class _Training:
             some = range(0, count, max(1, count // 64))
             cost = self.samples.cost(some)
             needed, read = cost.needed // len(some), cost.read // len(some)
-            mib = 1 << 20
-            text = f"{summary(self.experiment)}; {needed / mib:.2f} MiB a sample and rank, {read / mib:.2f} MiB read for it"
+            reading = f"{needed / 2**20:.2f} MiB a sample and rank, {read / 2**20:.2f} MiB read for it"
+            text = f"{summary(self.experiment)}; {reading}"
             self.reporter.started(text, self.step, self.steps)
             self.log.write("start", step=self.step, summary=text, bytes_needed=needed, bytes_read=read)
             with StopOnSignal() as signals:
@@ -254,7 +254,7 @@ class _Training:
         samples = self.experiment.samples(times, self.config.rollout)
         sampler = self.context.sampler(samples, shuffle=False)
         channels, statistics = self.experiment.checked.source.channels, self.experiment.known_statistics
-        scores = Scores(channels, statistics, self.weights, self.config.rollout)
+        scores = LeadScores(channels, statistics, self.weights, self.config.rollout)
         model = self.context.model
         model.eval()
         seen, own = 0, len(list(sampler)) - sampler.repeated
@@ -263,11 +263,12 @@ class _Training:
             count = min(len(fields), own - seen)  # without those that another replica has too
             seen += len(fields)
             if count > 0:
-                history = self.experiment.config.data.history
-                scores.update([p[:count] for p in predictions], fields[:count, history - 1 :])
+                start, *truths = fields[:count, self.experiment.config.data.history - 1 :].unbind(1)
+                for lead, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
+                    scores.update(lead, prediction[:count], truth, start)
         model.train()
         self.validated_at = self.step
-        record = {"step": self.step, **scores.compute()}
+        record = {"step": self.step, **scores.compute([True] * self.config.rollout)}
         self.log.write("valid", **record)
         self.reporter.validated(record)
 

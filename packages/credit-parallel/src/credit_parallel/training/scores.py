@@ -1,4 +1,4 @@
-"""Scores of forecasts against the truth, for each channel and step, in the units of the data."""
+"""Scores of forecasts and of persistence, for each channel and lead, in the units of the data."""
 
 from __future__ import annotations
 
@@ -13,57 +13,59 @@ from credit_parallel.data.statistics import Statistics
 from credit_parallel.metrics import ACC, RMSE, Bias
 
 
-class Scores:
-    """RMSE, bias and anomaly correlation of forecasts, and the RMSE of persistence, weighted by latitude.
+class LeadScores:
+    """RMSE, bias and anomaly correlation (ACC) of forecasts and of persistence, weighted by latitude.
 
-    The climatology of the anomaly correlation is the mean of each channel over the training data.
+    The climatology of the anomaly correlation is the mean of each channel over the training data. They are the same on
+    every rank and every layout; leads that were never updated have none.
 
     Args:
         channels: The fields.
         statistics: What normalises them.
         weights: Weight of each row of the whole grid, of shape (H,); None for equal ones.
-        steps: States to come.
+        leads: How many leads there are.
     """
 
-    def __init__(self, channels: Sequence[Channel], statistics: Statistics, weights: Tensor | None, steps: int) -> None:
-        self.labels = [channel.label for channel in channels]
-        self.std = statistics.std
-        self.weights = weights
-        self._metrics = [self._step() for _ in range(steps)]
+    def __init__(self, channels: Sequence[Channel], statistics: Statistics, weights: Tensor | None, leads: int) -> None:
+        self._labels = [channel.label for channel in channels]
+        self._std = statistics.std.double().cpu()
+        normal = torch.zeros(len(channels), 1, 1)
+        self._metrics: list[dict[str, Any]] = [
+            {
+                f"{prefix}{name}": metric
+                for prefix in ("", "persistence_")
+                for name, metric in (("rmse", RMSE(weights)), ("bias", Bias(weights)), ("acc", ACC(normal, weights)))
+            }
+            for _ in range(leads)
+        ]
 
-    def _step(self) -> dict[str, Any]:
-        normal = torch.zeros(len(self.labels), 1, 1)
-        return {
-            "rmse": RMSE(self.weights),
-            "bias": Bias(self.weights),
-            "acc": ACC(normal, self.weights),
-            "persistence_rmse": RMSE(self.weights),
-        }
-
-    def update(self, predictions: Sequence[Tensor], states: Tensor) -> None:
-        """Add forecasts.
+    def update(self, lead: int, prediction: Tensor, truth: Tensor, start: Tensor) -> None:
+        """Add forecasts for one lead; ranks that share samples do so alike.
 
         Args:
-            predictions: Normalised states to come, each (B, C, H, W), this rank's rows.
-            states: The true ones, (B, 1 + steps, C, H, W), that of the start first.
+            lead: Index of the lead.
+            prediction: Normalised, of shape (B, C, rows, W), this rank's rows.
+            truth: The same of the truth.
+            start: The same of the states that the forecasts began with.
         """
-        for metrics, prediction, truth in zip(self._metrics, predictions, states[:, 1:].unbind(1), strict=True):
-            for name in ("rmse", "bias", "acc"):
-                metrics[name].update(prediction, truth)
-            metrics["persistence_rmse"].update(states[:, 0], truth)
+        for name, metric in self._metrics[lead].items():
+            metric.update(start if name.startswith("persistence") else prediction, truth)
 
-    def compute(self) -> dict[str, Any]:
-        """The scores over all samples of all ranks, the same on each: by name, by channel, a list over steps.
+    def compute(self, leads: Sequence[bool]) -> dict[str, dict[str, list[float | None]]]:
+        """The scores by name and channel: a list over leads, with None where there are none.
 
-        Raises:
-            ValueError: If no rank has any samples.
+        Args:
+            leads: Whether any rank has updated a lead; the same on every rank.
 
         Collectives:
-            Those of :meth:`credit_parallel.metrics.Metric.compute`, for each score and step.
+            Those of :meth:`credit_parallel.metrics.Metric.compute`, for each score and lead.
         """
-        found: dict[str, Any] = {}
-        for name in ("rmse", "bias", "acc", "persistence_rmse"):
-            scale = torch.ones_like(self.std) if name == "acc" else self.std
-            values = torch.stack([metrics[name].compute().cpu() * scale.cpu() for metrics in self._metrics])
-            found[name] = {label: values[:, c].tolist() for c, label in enumerate(self.labels)}
+        found: dict[str, dict[str, list[float | None]]] = {}
+        for name in self._metrics[0]:
+            scale = torch.ones_like(self._std) if name.endswith("acc") else self._std
+            values = [
+                (metrics[name].compute().cpu() * scale).tolist() if known else [None] * len(scale)
+                for metrics, known in zip(self._metrics, leads, strict=True)
+            ]
+            found[name] = {label: [value[c] for value in values] for c, label in enumerate(self._labels)}
         return found
