@@ -36,8 +36,10 @@ def lowest(package: str) -> list[str]:
     return PACKAGES[: PACKAGES.index(package) + 1]
 
 
-def install(session: nox.Session, packages: list[str], *tools: str) -> None:
+def install(session: nox.Session, packages: list[str], *tools: str, extras: str = "") -> None:
     """Install packages of this repository as a user would (not editable), and tools beside them.
+
+    `extras` are those of credit-parallel, such as "[data,plot]".
 
     Two things make it fast. `--no-compile` leaves the bytecode of torch's 2,000 modules to those that are
     imported (6 s instead of 19 s). And one hatchling in the environment builds all packages, instead of a
@@ -47,7 +49,8 @@ def install(session: nox.Session, packages: list[str], *tools: str) -> None:
     session.install(*pip, "torch", *tools)
     if packages:
         session.install(*pip, "hatchling")
-        session.install(*pip, "--no-build-isolation", *(f"./packages/{package}" for package in packages))
+        wanted = {package: extras if package == "credit-parallel" else "" for package in packages}
+        session.install(*pip, "--no-build-isolation", *(f"./packages/{p}{extra}" for p, extra in wanted.items()))
 
 
 @nox.session(name="tests-gloo")
@@ -55,10 +58,17 @@ def install(session: nox.Session, packages: list[str], *tools: str) -> None:
 def tests_gloo(session: nox.Session, package: str) -> None:
     """The tests that need no GPU: each package with only the layers below it, then the quick ones all together."""
     everything = package == "all"
-    install(session, PACKAGES if everything else lowest(package), *group("test"))
+    install(session, PACKAGES if everything else lowest(package), *group("test"), extras="[data,grib,plot,tensorboard]")
     paths = ["packages", "tests"] if everything else [f"packages/{package}/tests"]
     marked = "not gpu and not slow" if everything else "not gpu"  # slow ones have run, and take minutes
     session.run("pytest", "-n", "2", "--timeout", "300", "-m", marked, *paths, *session.posargs, env=TEST_ENV)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small model on 4 ranks and on one, and compare; `nox -s demo -- --help` tells more."""
+    install(session, PACKAGES, extras="[data,plot]")
+    session.run("credit-parallel", "demo", *session.posargs)
 
 
 @nox.session(name="tests-gpu")
@@ -67,7 +77,7 @@ def tests_gpu(session: nox.Session) -> None:
     required = os.environ.get("CREDIT_REQUIRE_GPU", "0") not in ("", "0")
     if not required and not might_have_gpu():
         session.skip("no GPU: no device file and no driver tool of one on this machine")
-    install(session, PACKAGES, *group("test"))
+    install(session, PACKAGES, *group("test"), extras="[data,plot]")
     probe = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     count = int((session.run("python", "-c", probe, silent=True) or "0").split()[-1])
     session.log(f"torch sees {count} GPU(s)")

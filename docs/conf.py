@@ -23,7 +23,7 @@ napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple already
 # Names that are documented elsewhere. Looking them up there (intersphinx) needs a network; the build does not.
 nitpick_ignore_regex = [
     (r"py:.*", r"torch(\..*)?"),
-    (r"py:.*", r"(collections|datetime|os|pathlib|typing)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|typing)\..*"),
     (r"py:.*", r"timedelta|Path|RawWriter|Tensor|Dataset|nn\..*"),
     (r"py:class", r"credit_\w+(\.\w+)*\._\w+"),  # what classes share is private
     (r"py:class", r"credit_domain\.domain\.Domain"),

@@ -277,7 +277,7 @@ def plan_layouts(
         accumulate: Parts in which a replica works through its samples, at least. Where memory is given and does not
             suffice, there are more.
         rollout: Steps of the model that a loss spans.
-        conf: May list more blocks, see :func:`credit_parallel.blocks.blocks_of`.
+        conf: May list more blocks, see ``trainer.fsdp2_blocks``.
 
     Raises:
         ValueError: If an argument is out of range, or the model cannot be run for its shapes.

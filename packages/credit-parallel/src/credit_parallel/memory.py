@@ -65,7 +65,7 @@ def step_cost(
         shape: Shape of its input, of the whole grid; costs are those of as many samples.
         tensor: The tensor-parallel degree.
         amp: Whether activations are bfloat16.
-        conf: May list more blocks, see :func:`credit_parallel.blocks.blocks_of`.
+        conf: May list more blocks, see ``trainer.fsdp2_blocks``.
 
     Raises:
         ValueError: If blocks cannot be divided over ``tensor`` ranks, or the model cannot be run for its shapes.

@@ -20,7 +20,7 @@ def open_source(data: DataConfig) -> Source:
     """Open what ``data.source`` names: files, or the embedded data set. No fields are read.
 
     Raises:
-        ValueError: As :class:`FileSource` and :class:`RossbyHaurwitz`; if a pattern matches no file, or a data set of
+        ValueError: As :class:`credit_parallel.data.files.FileSource`, and for options that the embedded data set does not take; if a pattern matches no file, or a data set of
             ``xarray.tutorial`` cannot be fetched.
     """
     if data.source == EMBEDDED:

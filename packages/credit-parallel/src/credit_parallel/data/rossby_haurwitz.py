@@ -221,7 +221,7 @@ def legendre(degree: int, x: Tensor) -> Tensor:
         x: Sines of latitude, of shape (H,), float64.
 
     Returns:
-        float64 of shape (n + 2, H): orders 0 to n, and zeros for n + 1.
+        Orders 0 to n, and zeros for n + 1, of shape (n + 2, H), float64.
     """
     out = torch.zeros(degree + 2, *x.shape, dtype=torch.float64)
     seed = math.sqrt(1 / (4 * math.pi))

@@ -46,7 +46,7 @@ def sample_starts(
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """A map-style data set; ``samples[i]`` is what :func:`credit_parallel.training.rollout.rollout` starts from.
+    """A map-style data set; ``samples[i]`` is what :func:`credit_parallel.training.rollout` starts from.
 
     - fields: normalised states of shape (history + steps, C, rows, W), one lead apart;
     - forcings: of shape (steps, F, rows, W), for the input of each step.

@@ -47,7 +47,7 @@ def run_forecast(
         progress: Called with the number of starts that all replicas together have done.
 
     Returns:
-        The same on every rank: ``starts`` (labels), ``lead_seconds`` (None where times are none), ``scored`` (how many
+        What is the same on every rank, in a dict of ``starts`` (labels), ``lead_seconds`` (None where times are none), ``scored`` (how many
         starts were scored, for each lead), and ``rmse``, ``bias``, ``acc`` and the same of persistence
         (``persistence_rmse``, ...), by channel, a list over leads, with None where no truth is there.
 

@@ -1,4 +1,4 @@
-"""Joining the ranks of a program, under torchrun or started by :mod:`credit_parallel.cli.launch`."""
+"""Joining the ranks of a program, under torchrun or started by ``credit-parallel --ranks``."""
 
 from __future__ import annotations
 
