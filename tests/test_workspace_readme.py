@@ -17,7 +17,8 @@ BY_CI = {
     "pip install nox && nox -s demo": "nox -s demo",
     "pip install nox && nox -s tests-gloo tests-gpu": "nox -s tests-gloo tests-gpu",
     # What the nox sessions install, in the same words.
-    'pip install -c constraints.txt ./packages/credit-mesh ./packages/credit-halo ./packages/credit-domain "./packages/credit-parallel[data,plot]"': None,
+    "pip install -c constraints.txt ./packages/credit-mesh ./packages/credit-halo ./packages/credit-domain "
+    '"./packages/credit-parallel[data,plot]"': None,
 }
 
 

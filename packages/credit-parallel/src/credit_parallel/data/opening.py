@@ -20,8 +20,8 @@ def open_source(data: DataConfig) -> Source:
     """Open what ``data.source`` names: files, or the embedded data set. No fields are read.
 
     Raises:
-        ValueError: As :class:`credit_parallel.data.files.FileSource`, and for options that the embedded data set does not take; if a pattern matches no file, or a data set of
-            ``xarray.tutorial`` cannot be fetched.
+        ValueError: As :class:`credit_parallel.data.files.FileSource`, and for options that the embedded data set does
+            not take; if a pattern matches no file, or a data set of ``xarray.tutorial`` cannot be fetched.
     """
     if data.source == EMBEDDED:
         return _embedded(data)

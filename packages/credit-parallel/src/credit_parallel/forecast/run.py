@@ -47,9 +47,9 @@ def run_forecast(
         progress: Called with the number of starts that all replicas together have done.
 
     Returns:
-        What is the same on every rank, in a dict of ``starts`` (labels), ``lead_seconds`` (None where times are none), ``scored`` (how many
-        starts were scored, for each lead), and ``rmse``, ``bias``, ``acc`` and the same of persistence
-        (``persistence_rmse``, ...), by channel, a list over leads, with None where no truth is there.
+        A dict that is the same on every rank, of ``starts`` (labels), ``lead_seconds`` (None where times are none),
+        ``scored`` (how many starts were scored, for each lead), and ``rmse``, ``bias``, ``acc`` and the same of
+        persistence (``persistence_rmse``, ...), by channel, a list over leads, with None where no truth is there.
 
     Raises:
         ValueError: On all ranks alike: if a start is none of the data's, or has no history; values are missing, or
