@@ -230,6 +230,29 @@ def test_real_fields(name, tmp_path):
     assert found[4] == pytest.approx(found[1], rel=1e-9)
 
 
+@pytest.mark.slow
+def test_a_transformer_divided_three_ways(tmp_path):
+    """Its heads and hidden channels over two ranks, its rows over two."""
+    for name, ranks, parallelism in (("one", 1, {}), ("four", 4, {"tensor": 2, "domain": 2})):
+        conf = conf_of(tmp_path / name, parallelism, steps=3)
+        conf["model"] = {"name": "transformer", "width": 8, "heads": [2, 2], "depths": [2, 1], "window": [2, 4]}
+        run(conf, ranks)
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(conf_of(tmp_path, tensorboard=True, steps=2), 1)
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(tmp_path), rel=1e-6)
+    (line,) = logged(tmp_path, "valid")
+    for lead, value in enumerate(line["rmse"]["u"], 1):
+        assert board.Scalars(f"valid/rmse/u/{lead}")[0].value == pytest.approx(value, rel=1e-6)
+
+
 def test_the_optimizer_and_its_schedule():
     model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2))
     config = TrainerConfig(steps=10, lr=2.0, warmup=3, final_lr=0.25, weight_decay=0.5)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         status: int = args.run(args)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         if args.verbose:
             raise
         where = f"[rank {rank}] " if rank else ""

@@ -75,6 +75,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, list):  # over the steps of a forecast
+        value = {str(i): item for i, item in enumerate(value, 1)}
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _numbers(f"{name}/{key}", item)
