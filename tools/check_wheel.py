@@ -49,7 +49,9 @@ def problems(package: str, version: str, below: list[str]) -> list[str]:
         found.append("py.typed is missing")
     if not any(name.endswith(".dist-info/licenses/LICENSE") for name in files):
         found.append("LICENSE is missing")
-    if strangers := {f for f in files if not f.startswith((f"{module_name}/", f"{module_name}-"))}:
+    scripts = {entry.name for entry in distribution.entry_points if entry.group == "console_scripts"}
+    own = {file for file in files if file.rpartition("/")[2].removesuffix(".exe") in scripts}
+    if strangers := {f for f in files - own if not f.startswith((f"{module_name}/", f"{module_name}-"))}:
         found.append(f"files outside of the package: {sorted(strangers)}")
 
     recorder = Recorder()

@@ -74,12 +74,13 @@ class TimeAxis:
 def time_labels(seconds: np.ndarray[Any, Any]) -> tuple[str, ...]:
     """``2019-03-01T06:00`` for each, with seconds where any has some."""
     moments = np.round(np.asarray(seconds) * 1e3).astype("datetime64[ms]")
+    unit: Any  # numpy names the texts that will do
     for unit in ("m", "s"):
         if (moments.astype(f"datetime64[{unit}]") == moments).all():
             break
     else:
         unit = "ms"
-    return tuple(np.datetime_as_string(moments, unit=unit).tolist())  # type: ignore[call-overload]
+    return tuple(np.datetime_as_string(moments, unit=unit).tolist())
 
 
 def lead_in_steps(source: Source, lead: int | str) -> int:
