@@ -22,6 +22,7 @@ from credit_halo.faults import ExchangeError
 from credit_halo.fit import misfit
 from credit_halo.plan import ExchangePlan, plans
 from credit_halo.rows import (
+    add_local,
     add_returned,
     collect_local,
     empty_rows,
@@ -128,6 +129,30 @@ def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 exchange.register_autograd(_exchange_backward, setup_context=_exchange_setup)
+
+
+# The exchange as a part of another operation's forward and backward, which computes while rows travel
+
+
+def begin(x: Tensor, dim: int, plan: str, group: str, label: str, *, adjoint: bool = False) -> InFlight:
+    """Start an exchange outside of autograd; :func:`arrived` or :func:`add_arrived` must follow."""
+    return start(x, dim, *_ready(x, dim, plan, group, label, False), label, adjoint=adjoint)
+
+
+def arrived(flight: InFlight, x: Tensor, dim: int) -> Tensor:
+    """Wait for an exchange of rows of ``x``; what :func:`exchange` returns."""
+    if flight.plan.is_delivery:
+        return flight.wait()[0]
+    out = empty_rows(x, dim, flight.plan.out_rows)
+    place_local(x, out, dim, flight.plan)
+    _place(flight, flight.wait(), out, dim)
+    return out
+
+
+def add_arrived(flight: InFlight, grad: Tensor, out: Tensor, dim: int) -> None:
+    """Wait for an adjoint exchange of ``grad``, and add to ``out`` what :func:`exchange` returns, in place."""
+    add_local(grad, out, dim, flight.plan)
+    _place(flight, flight.wait(), out, dim)
 
 
 # The exchange in two halves

@@ -107,6 +107,12 @@ class ExchangePlan:
         return mine and not (self.sends or self.recvs or self.fills)
 
     @cached_property
+    def is_delivery(self) -> bool:
+        """Whether what this rank needs is one message as it comes."""
+        whole = (Placement(range(self.out_rows), range(self.out_rows), False),)
+        return not (self.local or self.fills) and [message.placements for message in self.recvs] == [whole]
+
+    @cached_property
     def linear(self) -> ExchangePlan:
         """This plan without the constant that its edge rule may add."""
         if self.edge.linear == self.edge:

@@ -61,10 +61,15 @@ def collect_local(grad: Tensor, dim: int, plan: ExchangePlan) -> Tensor:
         out.zero_()
     else:  # commonly the one placement there is: copied, not added to zeros
         out.copy_(_take(grad, dim, first.into))
-    for placement in plan.local:
-        if placement is not first:
-            _add(out, dim, placement.rows, _crossed(_take(grad, dim, placement.into), plan.edge, placement))
+    add_local(grad, out, dim, plan, but=first)
     return out
+
+
+def add_local(grad: Tensor, out: Tensor, dim: int, plan: ExchangePlan, but: Placement | None = None) -> None:
+    """Adjoint of :func:`place_local`, added in place; one of the placements can be left out."""
+    for placement in plan.local:
+        if placement is not but:
+            _add(out, dim, placement.rows, _crossed(_take(grad, dim, placement.into), plan.edge, placement))
 
 
 def collect_for(message: Message, grad: Tensor, dim: int, plan: ExchangePlan) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -113,7 +114,7 @@ def start(
     assert group is not None
     refuse_broken(group, flight)
     # Backends that look at tags then never match rows of one exchange to another's.
-    tag = zlib.crc32(repr((plan.digest, label, adjoint, str(x.dtype), others)).encode()) & 0x7FFF
+    tag = _tag(plan.digest, label, adjoint, x.dtype, tuple(others))
     ops, names = [], []
     for message in outgoing:
         rows = collect_for(message, x, dim, plan) if adjoint else pack(x, dim, message.rows)
@@ -136,6 +137,11 @@ def start(
     else:  # a backend that takes the batch as one
         flight.works = [(" and ".join(names), work) for work in works]
     return flight
+
+
+@lru_cache(maxsize=4096)
+def _tag(digest: str, label: str, adjoint: bool, dtype: torch.dtype, others: tuple[int, ...]) -> int:
+    return zlib.crc32(repr((digest, label, adjoint, dtype, others)).encode()) & 0x7FFF
 
 
 def as_bytes(rows: Tensor) -> Tensor:

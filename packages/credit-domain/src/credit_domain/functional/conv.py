@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from credit_domain import footprint
 from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
+from credit_domain.functional.borders import Borders, borders_of_conv, borders_of_transposed
+from credit_domain.functional.overlap import Shape, convolve, overlaps
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -225,16 +227,39 @@ def conv(
     at = dim + nd
     sizes = sizes_of(x, dim, domain, label, partition, layer)
     span = dilations[at] * (kernel[at] - 1) + 1
-    step = _conv_step(sizes, domain.rank, kernel[at], strides[at], *pads[at], dilations[at], modes[at], label)
-    x = bring(x, dim, step, domain, label)
+    along = pads[at]
+    step = _conv_step(sizes, domain.rank, kernel[at], strides[at], *along, dilations[at], modes[at], label)
     pads = (*pads[:at], (0, 0), *pads[at + 1 :])
-    if step.out:
-        out = _padded_conv(nd, x, weight, bias, strides, pads, dilations, groups, modes)
-    else:  # torch convolves no rows by no batch, which keeps this rank in the graph
+
+    def waiting(x: Tensor, weight: Tensor, bias: Tensor | None, pads: tuple[tuple[int, int], ...] = pads) -> Tensor:
+        x = bring(x, dim, step, domain, label)
+        if step.out:
+            return _padded_conv(nd, x, weight, bias, strides, pads, dilations, groups, modes)
+        # torch convolves no rows by no batch, which keeps this rank in the graph
         none = x.reshape(0, *x.shape[1 : at + 2], span, *x.shape[at + 3 :])
         out = _padded_conv(nd, none, weight, bias, strides, pads, dilations, groups, modes)
-        out = out.reshape(x.shape[0], *out.shape[1 : at + 2], 0, *out.shape[at + 3 :])
+        return out.reshape(x.shape[0], *out.shape[1 : at + 2], 0, *out.shape[at + 3 :])
+
+    borders = None
+    if overlaps(x, weight) and not step.local:
+        borders = _conv_borders(sizes, domain.rank, kernel[at], strides[at], *along, dilations[at], modes[at])
+    if borders is None:
+        out = waiting(x, weight, bias)
+    else:
+        x, inside = _padded(nd, x, pads, modes)
+        plain = partial(waiting, pads=tuple((pad, pad) for pad in inside))
+        shape = Shape(strides, inside, dilations, False, (0,) * nd, groups)
+        out = convolve(x, weight, bias, borders, dim, domain, label, shape, plain)
     return out.squeeze(0) if unbatched else out
+
+
+@lru_cache(maxsize=4096)
+def _conv_borders(
+    sizes: tuple[int, ...], rank: int, kernel: int, stride: int, before: int, after: int, dilation: int, mode: str
+) -> Borders | None:
+    source = RowPartition(sizes, allow_empty=True)
+    plan = footprint.convolution(source, kernel, stride, (before, after), dilation, EdgeRule(mode))
+    return borders_of_conv(plan, rank, kernel, stride, dilation)
 
 
 @constant
@@ -284,6 +309,14 @@ def _padded_conv(
     modes: tuple[str, ...],
 ) -> Tensor:
     """Convolve what needs no rows of others; torch's own zero padding wherever it can be used."""
+    x, inside = _padded(nd, x, pads, modes)
+    return _CONV[nd - 1](x, weight, bias, stride, inside, dilation, groups)
+
+
+def _padded(
+    nd: int, x: Tensor, pads: tuple[tuple[int, int], ...], modes: tuple[str, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` with the padding that torch's convolutions do not do, and what is left to them."""
     inside = []
     for axis, ((before, after), mode) in enumerate(zip(pads, modes, strict=True)):
         if before == after and (mode == "zeros" or not before):
@@ -293,7 +326,7 @@ def _padded_conv(
         amounts = [0, 0] * nd
         amounts[2 * (nd - 1 - axis) : 2 * (nd - axis)] = before, after
         x = F.pad(x, amounts, mode="constant" if mode == "zeros" else mode)
-    return _CONV[nd - 1](x, weight, bias, stride, tuple(inside), dilation, groups)
+    return x, tuple(inside)
 
 
 def conv_transpose(
@@ -332,33 +365,54 @@ def conv_transpose(
         extra = (*extras[:at], back, *extras[at + 1 :])
         out = _TRANSPOSED[nd - 1](x, weight, bias, strides, pads, extra, groups, dilations)
         return out.squeeze(0) if unbatched else out
-    x = bring(x, dim, step, domain, label)
-    if step.out:
-        # The front is trimmed by torch's padding, which trims the end too: what that took is put back.
-        whole = (step.rows - 1) * strides[at] + dilations[at] * (kernel[at] - 1) + 1
-        extra_rows = step.out - (whole - 2 * front)
-        by_torch = 0 <= extra_rows < max(strides[at], dilations[at])
-        trim, more = (front, extra_rows) if by_torch else (0, 0)
-        inside = (*pads[:at], trim, *pads[at + 1 :])
-        extra = (*extras[:at], more, *extras[at + 1 :])
-        out = _TRANSPOSED[nd - 1](x, weight, bias, strides, inside, extra, groups, dilations)
-        if not by_torch:
-            missing = max(0, front + step.out - whole)
-            if missing:  # rows that no input row reaches hold the bias alone
-                amounts = [0, 0] * (-1 - dim) + [0, missing]
-                out = F.pad(out, amounts)
-                if bias is not None:
-                    rows = out.new_zeros([out.shape[dim], *[1] * (-1 - dim)])
-                    rows[whole:] = 1
-                    out = out + rows * bias.to(out.dtype).reshape(-1, *[1] * nd)
-            out = out.narrow(dim, front, step.out)
+
+    def waiting(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = bring(x, dim, step, domain, label)
+        if step.out:
+            # The front is trimmed by torch's padding, which trims the end too: what that took is put back.
+            whole = (step.rows - 1) * strides[at] + dilations[at] * (kernel[at] - 1) + 1
+            extra_rows = step.out - (whole - 2 * front)
+            by_torch = 0 <= extra_rows < max(strides[at], dilations[at])
+            trim, more = (front, extra_rows) if by_torch else (0, 0)
+            inside = (*pads[:at], trim, *pads[at + 1 :])
+            extra = (*extras[:at], more, *extras[at + 1 :])
+            out = _TRANSPOSED[nd - 1](x, weight, bias, strides, inside, extra, groups, dilations)
+            if not by_torch:
+                missing = max(0, front + step.out - whole)
+                if missing:  # rows that no input row reaches hold the bias alone
+                    amounts = [0, 0] * (-1 - dim) + [0, missing]
+                    out = F.pad(out, amounts)
+                    if bias is not None:
+                        rows = out.new_zeros([out.shape[dim], *[1] * (-1 - dim)])
+                        rows[whole:] = 1
+                        out = out + rows * bias.to(out.dtype).reshape(-1, *[1] * nd)
+                out = out.narrow(dim, front, step.out)
+        else:
+            none = x.reshape(0, *x.shape[1 : at + 2], 1, *x.shape[at + 3 :])
+            inside = (*pads[:at], 0, *pads[at + 1 :])
+            extra = (*extras[:at], 0, *extras[at + 1 :])
+            out = _TRANSPOSED[nd - 1](none, weight, bias, strides, inside, extra, groups, dilations)
+            out = out.reshape(x.shape[0], *out.shape[1 : at + 2], 0, *out.shape[at + 3 :])
+        return out
+
+    borders = None
+    if overlaps(x, weight) and not step.local:
+        borders = _transposed_borders(sizes, domain.rank, *along[:3], back, dilations[at])
+    if borders is None:
+        out = waiting(x, weight, bias)
     else:
-        none = x.reshape(0, *x.shape[1 : at + 2], 1, *x.shape[at + 3 :])
-        inside = (*pads[:at], 0, *pads[at + 1 :])
-        extra = (*extras[:at], 0, *extras[at + 1 :])
-        out = _TRANSPOSED[nd - 1](none, weight, bias, strides, inside, extra, groups, dilations)
-        out = out.reshape(x.shape[0], *out.shape[1 : at + 2], 0, *out.shape[at + 3 :])
+        shape = Shape(strides, pads, dilations, True, extras, groups)
+        out = convolve(x, weight, bias, borders, dim, domain, label, shape, waiting)
     return out.squeeze(0) if unbatched else out
+
+
+@lru_cache(maxsize=4096)
+def _transposed_borders(
+    sizes: tuple[int, ...], rank: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int
+) -> Borders | None:
+    source = RowPartition(sizes, allow_empty=True)
+    plan = footprint.transposed_convolution(source, kernel, stride, padding, output_padding, dilation)
+    return borders_of_transposed(plan, rank, kernel, stride, dilation, padding)
 
 
 @constant

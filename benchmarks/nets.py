@@ -1,0 +1,222 @@
+"""Nets on sharded rows against the limit: the same net on the local rows alone, without communication.
+
+Each repetition times, one after the other and each forward and backward on all ranks at once, the `limit` and the
+`domain` net, and lasts as long as its slowest rank took. The ratio is that of the medians over the repetitions. Kept
+for the backward is what autograd saves, each storage once, parameters left out. Messages are those of one step of the
+domain net on the rank that sends the most.
+
+With `--delay` the domain net is timed once more with every message of rows held back by so many milliseconds after it
+was posted; `shown` is by how much of all the delays of a rank, one for each exchange, that makes the step longer.
+
+    python -m benchmarks.nets --json nets.json
+    python -m benchmarks.nets --nets chain --sizes 512x1024 --delay 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import median, quantiles
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.traffic import recorded
+from credit_domain import convert_to_domain_parallel, initialize_domain_parallel
+from credit_halo.testing import run_processes
+from credit_mesh import RowPartition
+
+SIZES = ((256, 512), (512, 1024))
+
+
+def chain(channels: int = 16, layers: int = 9) -> nn.Module:
+    """3x3 convolutions one after the other."""
+    return nn.Sequential(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)))
+
+
+class UNet(nn.Module):
+    """Two levels: GroupNorm, a strided and a transposed convolution, a skip connection."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+
+        def block(before, after, **more):
+            conv = nn.Conv2d(before, after, 3, padding=1, **more)
+            return nn.Sequential(conv, nn.GroupNorm(4, after), nn.SiLU())
+
+        self.first = block(channels, channels)
+        self.down = block(channels, 2 * channels, stride=2)
+        self.middle = block(2 * channels, 2 * channels)
+        self.up = nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1)
+        self.last = block(2 * channels, channels)
+        self.head = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.first(x)
+        x = self.up(self.middle(self.down(skip)))
+        return self.head(self.last(torch.cat([skip, x], 1)))
+
+
+NETS = {"chain": chain, "unet": UNet}
+
+
+# On each rank
+
+
+def step(net: nn.Module, x: Tensor, grad: Tensor) -> None:
+    net(x).backward(grad)
+    net.zero_grad()
+    x.grad = None
+
+
+def kept_bytes(net: nn.Module, x: Tensor) -> int:
+    """What autograd keeps of activations between forward and backward."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = net(x)
+    del out
+    return sum(seen.values())
+
+
+class Late:
+    """A message that is complete no sooner than at a time."""
+
+    def __init__(self, work: dist.Work, at: float):
+        self.work, self.at = work, at
+
+    def wait(self) -> bool:
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+        return self.work.wait()
+
+
+@contextmanager
+def delayed(seconds: float):
+    """Hold every batch of messages back; yields a list that grows by one for each."""
+    batch, batches = dist.batch_isend_irecv, []
+
+    def late(ops):
+        batches.append(len(ops))
+        at = time.perf_counter() + seconds
+        return [Late(work, at) for work in batch(ops)]
+
+    with mock.patch.object(dist, "batch_isend_irecv", late):
+        yield batches
+
+
+def on_rank(rank: int, ranks: int, name: str, height: int, width: int, repetitions: int, delay: float) -> dict:
+    torch.manual_seed(0)
+    limit = NETS[name]()
+    manager = initialize_domain_parallel(ranks, ranks)
+    net = convert_to_domain_parallel(copy.deepcopy(limit), manager)
+    partition = RowPartition.even(height, ranks, manager.granularity or 1)
+    manager.declare(partition)
+    x = torch.randn(1, 16, partition.sizes[rank], width).requires_grad_()
+    grad = torch.randn(1, 16, partition.sizes[rank], width)
+    nets = {"limit": limit, "domain": net}
+    if delay:
+        nets["delayed"] = net
+    seconds: dict[str, list[float]] = {kind: [] for kind in nets}
+    for repetition in range(repetitions + 2):
+        for kind, each in nets.items():
+            with delayed(delay) if kind == "delayed" else nullcontext([]) as batches:
+                dist.barrier()
+                start = time.perf_counter()
+                step(each, x, grad)
+                if repetition >= 2:
+                    seconds[kind].append(time.perf_counter() - start)
+    with recorded() as traffic:
+        step(net, x, grad)
+    answer = traffic.answer()
+    return {
+        "seconds": seconds,
+        "injected": delay * len(batches),
+        "kept": {kind: kept_bytes(nets[kind], x) for kind in ("limit", "domain")},
+        "messages": {"sent": len(answer["sent"]), "received": len(answer["received"]), "others": answer["others"]},
+    }
+
+
+# Summaries
+
+
+def summary(name: str, height: int, width: int, answers: list[dict]) -> dict:
+    kinds = answers[0]["seconds"]
+    slowest = {k: [max(t) for t in zip(*(a["seconds"][k] for a in answers), strict=True)] for k in kinds}
+    most = max(answers, key=lambda answer: answer["messages"]["sent"])
+    result = {"net": name, "ranks": len(answers), "height": height, "width": width}
+    result["milliseconds"] = {kind: 1e3 * median(times) for kind, times in slowest.items()}
+    result["limit_ratio"] = median(slowest["limit"]) / median(slowest["domain"])
+    ratios = [a / b for a, b in zip(slowest["limit"], slowest["domain"], strict=True)]
+    result["quartiles"] = quantiles(ratios, n=4)
+    result["kept_ratio"] = max(a["kept"]["domain"] / a["kept"]["limit"] for a in answers)
+    result["messages"] = most["messages"]
+    if injected := max(answer["injected"] for answer in answers):
+        longer = [a - b for a, b in zip(slowest["delayed"], slowest["domain"], strict=True)]
+        result["injected_milliseconds"] = 1e3 * injected
+        result["delay_shown"] = median(longer) / injected
+    return result
+
+
+def line(result: dict) -> str:
+    ms, q = result["milliseconds"], result["quartiles"]
+    sent, received = result["messages"]["sent"], result["messages"]["received"]
+    others = ", ".join(f"{name} {count}" for name, count in sorted(result["messages"]["others"].items())) or "none"
+    size = f"{result['height']} x {result['width']}"
+    return (
+        f"{result['net']:<7}{size:>12}{result['ranks']:>6}{ms['limit']:>10.1f}{ms['domain']:>10.1f}"
+        f"{result['limit_ratio']:>8.3f} ({q[0]:.2f}-{q[2]:.2f}){result['kept_ratio']:>8.3f}"
+        f"{sent:>6}{received:>6}  {others}"
+        + (f"; of {result['injected_milliseconds']:.0f} ms {result['delay_shown']:.2f} shown" if len(ms) > 2 else "")
+    )
+
+
+def run(
+    worlds: list[int], names: list[str], sizes: list[tuple[int, int]], repetitions: int, delay: float = 0.0
+) -> list[dict]:
+    """Run every net at every size on each number of ranks, printing a line for each."""
+    print(f"{'net':<7}{'rows x cols':>12}{'ranks':>6}{'limit ms':>10}{'ms':>10}{'ratio (quartiles)':>20}", end="")
+    print(f"{'kept':>8}{'sent':>6}{'recv':>6}  other calls", flush=True)
+    results = []
+    for ranks in worlds:
+        for name in names:
+            for height, width in sizes:
+                args = (ranks, name, height, width, repetitions, delay)
+                answers = run_processes(on_rank, ranks, *args, timeout=600.0, group_timeout=120.0)
+                results.append(summary(name, height, width, answers))
+                print(line(results[-1]), flush=True)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run them and print a table; no time is ever judged."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.nets", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], metavar="N", help="processes (default: 2)")
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS), help="default: all")
+    parser.add_argument("--sizes", nargs="+", metavar="HxW", help="default: 256x512 512x1024")
+    parser.add_argument("--repetitions", type=int, default=21)
+    parser.add_argument("--delay", type=float, default=0.0, metavar="MS", help="of messages of rows, once more with it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    options = parser.parse_args(arguments)
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes] if options.sizes else list(SIZES)
+    results = run(options.ranks, options.nets, sizes, options.repetitions, options.delay / 1e3)
+    if options.json:
+        about = {"torch": torch.__version__, "backend": "gloo", "threads": 1}
+        options.json.write_text(json.dumps({**about, "nets": results}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
