@@ -61,7 +61,8 @@ def tests_gloo(session: nox.Session, package: str) -> None:
     install(session, PACKAGES if everything else lowest(package), *group("test"), extras="[data,grib,plot,tensorboard]")
     paths = ["packages", "tests"] if everything else [f"packages/{package}/tests"]
     marked = "not gpu and not slow" if everything else "not gpu"  # slow ones have run, and take minutes
-    session.run("pytest", "-n", "2", "--timeout", "300", "-m", marked, *paths, *session.posargs, env=TEST_ENV)
+    options = ["-n", "2", "--timeout", "300", "--durations", "8", "-m", marked]
+    session.run("pytest", *options, *paths, *session.posargs, env=TEST_ENV)
 
 
 @nox.session
@@ -161,6 +162,6 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what the packages cost: the counts must be the least possible, the times are only shown."""
+    """Measure what the packages cost: counts must be the least possible, compiled code exact; times are only shown."""
     install(session, PACKAGES, "numpy")  # without it torch warns in every process
     session.run("python", "-m", "benchmarks", *session.posargs, env=TEST_ENV)

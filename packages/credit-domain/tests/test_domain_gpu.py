@@ -1,0 +1,214 @@
+"""On a GPU: the numbers of one rank, a host that never waits, and steps as CUDA graphs.
+
+What can be runs on a CPU too. The host waits for nothing there; the names of operations tell what it would wait for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from domain_models import MultiKernelEmbedding, PeriodicConv2d, PeriodicResidualNet, UNet
+from domain_reference import randn, shard
+from torch import Tensor, nn
+
+from credit_domain import convert_to_domain_parallel, initialize_domain_parallel
+from credit_domain.domain import Domain
+from credit_domain.footprint import convolution
+from credit_domain.functional.borders import borders_of_conv
+from credit_domain.functional.overlap import Shape, convolve
+from credit_domain.layers import DomainParallelPeriodicConv2d
+from credit_halo import EdgeRule
+from credit_halo.testing import run_processes, run_threads
+from credit_mesh import RowPartition, get_domain_parallel_manager
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NETS = {
+    "unet": (UNet, (2, 3, 36, 12), 4),
+    "odd unet": (lambda: UNet(odd=True), (1, 3, 41, 12), 4),
+    "embedding": (MultiKernelEmbedding, (2, 3, 44, 16), 4),
+    "periodic": (PeriodicResidualNet, (1, 3, 17, 10), 1),
+}
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}
+
+# Operations that read a tensor on the host, or bring one from there: lift_fresh is that of torch.tensor.
+WAITING = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "lift_fresh"}
+
+
+def converted(model: nn.Module) -> nn.Module:
+    manager = get_domain_parallel_manager()
+    return convert_to_domain_parallel(model, manager, custom_converters={PeriodicConv2d: DomainParallelPeriodicConv2d})
+
+
+def step(model: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output, input gradient and parameter gradients of a forward and backward."""
+    out = model(x)
+    return [out.detach(), *torch.autograd.grad(out, [x, *model.parameters()], grad)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NETS)
+def test_threads_on_one_device_give_the_numbers_of_one_rank(name: str, device: str) -> None:
+    make, shape, granularity = NETS[name]
+    torch.manual_seed(0)
+    model = make().double().to(device).to(memory_format=torch.channels_last)
+    whole = randn(*shape).to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = copy.deepcopy(model)(whole)
+    grad = randn(*out.shape, seed=1).to(device)
+    out, d_whole, *d_parameters = step(copy.deepcopy(model), whole, grad)
+    partition = RowPartition.even(shape[-2], 3, granularity)
+    assert out.shape[-2] == shape[-2]
+
+    def rank_main(rank: int) -> list[Tensor]:
+        initialize_domain_parallel(3, 3).declare(partition)
+        x = shard(whole.detach(), partition, rank).clone(memory_format=torch.channels_last).requires_grad_()
+        return step(converted(copy.deepcopy(model)), x, shard(grad, partition, rank))
+
+    outs, d_inputs, *parameters = zip(*run_threads(rank_main, 3), strict=True)
+    torch.testing.assert_close(torch.cat(outs, -2), out, **CLOSE)
+    torch.testing.assert_close(torch.cat(d_inputs, -2), d_whole, **CLOSE)
+    for parts, expected in zip(parameters, d_parameters, strict=True):
+        torch.testing.assert_close(sum(parts), expected, **CLOSE)
+
+
+# One rank that is its own neighbour
+
+
+def wrapping(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(F.pad(x, (0, 0, 1, 1), mode="circular"), weight, bias, padding=(0, 1))
+
+
+def own_neighbour(group: dist.ProcessGroup) -> Callable[..., Tensor]:
+    """A convolution that computes its interior, and its borders from a halo of the same rows."""
+    footprint = convolution(RowPartition((12,)), 3, 1, (1, 1), 1, EdgeRule("circular"))
+    borders = borders_of_conv(footprint, 0, 3, 1, 1)
+    assert borders is not None
+    assert len(borders.borders) == 2
+    shape = Shape((1, 1), (0, 1), (1, 1), False, (0, 0), 1)
+    domain = Domain(group.group_name, 0, 1, "")
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(x, weight, bias, borders, -2, domain, "conv", shape, wrapping)
+
+    return run
+
+
+def data(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Input, weight, bias and the gradient of the output."""
+    sizes = ((2, 8, 12, 10), (8, 8, 3, 3), (8,), (2, 8, 12, 10))
+    found = [randn(*size, seed=seed).to(device, dtype) for seed, size in enumerate(sizes)]
+    return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in found]
+
+
+def conv_step(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    *leaves, grad = inputs
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = run(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def same_as_padded(rank: int, device: str) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    group = dist.new_group([0], backend="nccl") if device == "cuda" else dist.group.WORLD
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        inputs = data(device, dtype)
+        found = conv_step(own_neighbour(group), inputs)
+        for each, expected in zip(found, conv_step(wrapping, inputs), strict=True):
+            assert each.dtype == dtype
+            error = (each.double() - expected.double()).abs().max() / expected.double().abs().max()
+            assert error < tolerance, (dtype, error)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_rank_that_is_its_own_neighbour(device: str) -> None:
+    run_processes(same_as_padded, 1, device, timeout=120)
+
+
+# The host
+
+
+def names_of_a_second_step(rank: int, name: str) -> set[str]:
+    make, shape, granularity = NETS[name]
+    partition = RowPartition.even(shape[-2], 2, granularity)
+    initialize_domain_parallel(2, 2).declare(partition)
+    torch.manual_seed(0)
+    net = converted(make())
+    x = shard(randn(*shape, dtype=torch.float32), partition, rank).clone().requires_grad_()
+    grad = torch.ones_like(net(x))
+    step(net, x, grad)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(net, x, grad)
+    return {event.key.removeprefix("aten::") for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_second_step_of_a_net_has_nothing_to_wait_for(name: str) -> None:
+    for names in run_processes(names_of_a_second_step, 2, name):
+        assert "convolution" in names, "the profiler did not look into the net"
+        assert not names & WAITING
+
+
+def silent(rank: int) -> None:
+    torch.cuda.set_device(0)
+    group = dist.new_group([0], backend="nccl")
+    initialize_domain_parallel(1, 1)
+    net = converted(UNet()).cuda()
+    x, run, inputs = randn(1, 3, 36, 12, dtype=torch.float32).cuda(), own_neighbour(group), data("cuda", torch.float32)
+
+    def both() -> None:
+        step(net, x.requires_grad_(), x.detach())
+        conv_step(run, inputs)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_net() -> None:
+    run_processes(silent, 1, timeout=120)
+
+
+# CUDA graphs
+
+
+def captured(rank: int) -> None:
+    torch.cuda.set_device(0)
+    group = dist.new_group([0], backend="nccl")
+    initialize_domain_parallel(1, 1)
+    torch.manual_seed(0)
+    net = converted(UNet()).double().cuda()
+    x, grad = randn(1, 3, 36, 12).cuda().requires_grad_(), randn(1, 3, 36, 12, seed=1).cuda()
+    run, inputs = own_neighbour(group), data("cuda", torch.float64)
+
+    def both() -> list[Tensor]:
+        return step(net, x, grad) + conv_step(run, inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is done once is not part of the graph
+        for _ in range(3):
+            both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = both()
+    with torch.no_grad():
+        x.copy_(randn(1, 3, 36, 12, seed=2))
+        inputs[0].copy_(randn(2, 8, 12, 10, seed=3))
+    graph.replay()
+    for replayed, expected in zip(found, both(), strict=True):
+        torch.testing.assert_close(replayed, expected, **CLOSE)
+
+
+@pytest.mark.gpu
+def test_a_step_of_one_rank_can_be_captured() -> None:
+    run_processes(captured, 1, timeout=120)
