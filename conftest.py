@@ -1,9 +1,10 @@
-"""What all tests share: the gate of the tests that need a GPU, and Hypothesis's settings."""
+"""What all tests share: the gate of the tests that need a GPU, Hypothesis's settings, and what can be collected."""
 
 from __future__ import annotations
 
 import functools
 import os
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
@@ -13,6 +14,16 @@ hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
 # The same examples in every run, and no data base of earlier failures.
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# The command line and its parts need more than torch, which is all that a closed GPU machine may have.
+MISSING = [package for package in ("numpy", "tqdm", "yaml") if find_spec(package) is None]
+PARTS = ("config", "data", "era5", "examples", "forecast", "plan", "plots", "training")
+collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
+
+
+def pytest_report_header() -> str | None:
+    """Say what is not collected."""
+    return f"without {', '.join(MISSING)} no tests of: {', '.join(PARTS)}" if MISSING else None
 
 
 @functools.cache

@@ -34,6 +34,7 @@ def conf_of(folder, parallelism=None, **trainer):
             "options": {"height": 41, "width": 16, "trajectories": 2, "times": 12},
             "history": 2,
             "forcings": ["solar", "position"],
+            "valid": [0.75, 1.0],  # three samples, which two replicas do not share evenly
         },
         "model": {"name": "unet", "width": 8, "levels": 2, "groups": 2},
         "trainer": {
