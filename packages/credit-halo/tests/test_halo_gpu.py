@@ -74,7 +74,7 @@ def names_of_a_second_step(rank: int, edge: str) -> set[str]:
     return {event.key.removeprefix("aten::") for event in profile.key_averages()}
 
 
-@pytest.mark.parametrize("edge", ["zeros", "reflect", "pole"])
+@pytest.mark.parametrize("edge", ["zeros", "reflect", "pole", "pole on a row"])
 def test_a_second_step_has_nothing_to_wait_for(edge: str) -> None:
     for names in run_processes(names_of_a_second_step, 3, edge):
         assert "copy_" in names, "the profiler did not look into the exchange"

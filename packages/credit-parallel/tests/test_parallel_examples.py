@@ -190,3 +190,24 @@ def test_blocks_compile_as_one_graph(name):
         each(x).square().sum().backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+
+
+def compiled_in_parts(rank):
+    """Gradients of the first rank's rows, with and without compiling, where parameters and rows are divided."""
+    found = []
+    for compiles in (False, True):
+        context = parallelize(make("transformer"), {"parallelism": {"data": "fsdp2", "domain": 2}}, check_batches=0)
+        if compiles:
+            for block in [b for b in context.model.modules() if getattr(b, "_fsdp2_shard", False)]:
+                block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+        generator = torch.Generator().manual_seed(1)
+        whole = torch.randn(1, CHANNELS, HEIGHT, WIDTH, dtype=torch.float64, generator=generator)
+        context.mean(context.model(context.shard(whole)).square()).backward()
+        found.append([p.grad.full_tensor() for p in context.model.parameters()])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_blocks_compile_where_parameters_and_rows_are_divided():
+    run_processes(compiled_in_parts, 2, timeout=200)

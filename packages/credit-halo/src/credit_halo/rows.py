@@ -120,7 +120,15 @@ def _crossed(x: Tensor, edge: EdgeRule, placement: Placement) -> Tensor:
         return x if edge.signs == 1 else -x
     shape = [1] * x.ndim
     shape[edge.channel_dim] = len(edge.signs)
-    return x * torch.tensor(edge.signs, dtype=x.dtype, device=x.device).view(shape)
+    return x * _signs(edge.signs, x.dtype, x.device).view(shape)
+
+
+# Kept on their device, since bringing them there makes the host wait.
+
+
+@lru_cache(maxsize=4096)
+def _signs(signs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(signs, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=4096)

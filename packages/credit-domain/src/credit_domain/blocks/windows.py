@@ -213,7 +213,8 @@ def join_windows(tokens: Tensor, layout: Windows) -> Tensor:
 
 
 def _each(value: int | Sequence[int], nd: int) -> tuple[int, ...]:
-    return (value,) * nd if isinstance(value, int) else tuple(value)
+    values = (value,) * nd if isinstance(value, int) else value
+    return tuple(operator.index(each) for each in values)  # torch.compile may have symbols for them
 
 
 @constant
