@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The command line and its parts need more than torch, which is all that a closed GPU machine may have.
 MISSING = [package for package in ("numpy", "tqdm", "yaml") if find_spec(package) is None]
-PARTS = ("config", "data", "era5", "examples", "forecast", "plan", "plots", "training")
+PARTS = ("config", "data", "demo", "era5", "examples", "forecast", "plan", "plots", "training")
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
 
 

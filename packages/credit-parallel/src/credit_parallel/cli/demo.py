@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import shlex
 import shutil
 import subprocess
@@ -106,8 +107,10 @@ def _compare(args: argparse.Namespace, checked: Checked, folder: Path, several: 
         [line["loss"] for line in read_metrics(where / FILE) if line["event"] == "train"] for where in (several, one)
     )
     print("\n".join(_table(args.ranks, a, b)))
-    worst = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
-    apart = not worst <= TOLERANCE  # not a number parts them too
+    differences = [abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)]
+    # Not a number is worse than any difference, and max() alone would pass it over.
+    worst = max(differences, key=lambda difference: float("inf") if math.isnan(difference) else difference)
+    apart = not worst <= TOLERANCE
     plot_losses(folder / "loss.png", {f"{args.ranks} ranks": a, "1 rank": b})
     plan = plan_domain_parallel(checked.model, (1, checked.in_channels, *_size(checked)), args.domain)
     halos = [layer.halo for layer in plan.layers if layer.rows == checked.partition.rows]
