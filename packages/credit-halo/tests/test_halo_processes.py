@@ -1,5 +1,8 @@
 """Real gloo processes: the truth that threads only imitate."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -97,3 +100,25 @@ def on_gpu(rank: int) -> None:
 @pytest.mark.gpu
 def test_on_nccl() -> None:
     run_processes(on_gpu, torch.cuda.device_count(), timeout=120)
+
+
+def policies(rank: int, setting: str) -> dict[str, set[int]]:
+    """The scheduling policies of this process's threads, by their name, after an exchange."""
+    os.environ["CREDIT_HALO_GLOO_BATCH"] = setting
+    exchange_rows(torch.ones(1, 1, 4, 2), plan_halo(RowPartition((4, 4)), 1, 1, rank=rank))
+    found: dict[str, set[int]] = {}
+    for task in Path("/proc/self/task").iterdir():
+        found.setdefault((task / "comm").read_text().strip(), set()).add(os.sched_getscheduler(int(task.name)))
+    found["this thread"] = {os.sched_getscheduler(0)}
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no batch threads on this system")
+@pytest.mark.parametrize("setting", ["1", "0"])
+def test_threads_of_gloo_wait_for_their_turn(setting: str) -> None:
+    for found in run_processes(policies, 2, setting):
+        names = [name for name in found if name.startswith("gloo_tcp")]
+        if not names:
+            pytest.skip("gloo does not name its threads in this version of torch")
+        assert found["this thread"] == {os.SCHED_OTHER}
+        assert found[names[0]] == {os.SCHED_BATCH if setting == "1" else os.SCHED_OTHER}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from credit_halo._gloo_threads import wait_their_turn
 from credit_halo.faults import break_group, refuse_broken
 
 _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
@@ -56,6 +57,7 @@ def agree(
     """
     if problem is None and has_agreed(group, key):
         return None
+    wait_their_turn(group)
     refuse_broken(group, what)
     said = describe()
     checksum = int.from_bytes(hashlib.sha1(f"{problem}|{said}".encode(), usedforsecurity=False).digest()[:7], "big")
