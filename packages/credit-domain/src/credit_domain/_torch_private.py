@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 # A wrapper answers for the module that it wraps: one set of parameters, buffers, children and hooks, under the names
 # that they have there. torch has no public way for two modules to be one, so they share the dicts that hold all that.
@@ -18,3 +18,8 @@ def share(wrapper: nn.Module, wrapped: nn.Module) -> None:
         wrapper.__dict__[name] = wrapped.__dict__[name]
     for name in COPIED:
         wrapper.__dict__[name] = wrapped.__dict__[name]
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor has been changed in place: what autograd looks at, and there is no public name for it."""
+    return x._version

@@ -13,7 +13,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from credit_domain.footprint import Footprint
-from credit_halo import plan_rows
+from credit_halo import EdgeRule, plan_rows
+from credit_mesh import RowPartition
+
+Reach = tuple[tuple[int, int], ...]
+"""How many rows each rank lacks above and below its own."""
 
 
 class Border(NamedTuple):
@@ -46,12 +50,18 @@ class Borders(NamedTuple):
         padding: Padding along the sharded dim with which its own rows give all its output rows.
         extra: Output padding, for a transposed convolution.
         borders: At most one at each end.
+        reach: How many rows the exchange brings each rank, from above its own and from below.
+        source: Who holds which rows.
+        edge: What lies beyond the edges.
     """
 
     plan: str
     padding: int
     extra: int
     borders: tuple[Border, ...]
+    reach: Reach
+    source: RowPartition
+    edge: EdgeRule
 
 
 class _End(NamedTuple):
@@ -94,7 +104,7 @@ def borders_of_transposed(
 
 def _borders(footprint: Footprint, rank: int, geometry: _Geometry) -> Borders | None:
     source, zeros = footprint.source, footprint.edge.kind == "zeros"
-    found, needs = [], []
+    found, needs, reach = [], [], []
     offsets = zip(pairwise(source.offsets), pairwise(footprint.target.offsets), strict=True)
     for need, (inner, outer) in zip(footprint.needs, offsets, strict=True):
         rows, out = range(*inner), range(*outer)
@@ -103,6 +113,7 @@ def _borders(footprint: Footprint, rank: int, geometry: _Geometry) -> Borders | 
             return None
         halo: list[int] = []
         borders = []
+        counts = {True: 0, False: 0}
         for end, lacking, at_edge in (
             (local.above, range(need.start, rows.start), rows.start == 0),
             (local.below, range(rows.stop, need.stop), rows.stop == source.rows),
@@ -114,11 +125,13 @@ def _borders(footprint: Footprint, rank: int, geometry: _Geometry) -> Borders | 
             places = (len(halo), len(halo) + len(lacking)), (end.own.start, end.own.stop), (end.out.start, end.out.stop)
             borders.append(Border(*places, end.cut, end.taps, end.fill, end is local.above))
             halo += lacking
+            counts[end is local.above] = len(lacking)
         found.append((local, tuple(borders)))
         needs.append(tuple(halo))
+        reach.append((counts[True], counts[False]))
     local, mine = found[rank]
     plan = plan_rows(source, needs, rank=rank, edge=footprint.edge)
-    return Borders(plan.key, local.padding, local.extra, mine)
+    return Borders(plan.key, local.padding, local.extra, mine, tuple(reach), source, footprint.edge)
 
 
 def _conv(kernel: int, stride: int, dilation: int, rows: range, need: range, out: range) -> _Local | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -206,7 +206,7 @@ def conv(
     partition: RowPartition | None,
     manager: DomainParallelManager | None,
     label: str,
-    layer: Hashable = None,
+    layer: int | None = None,
     padding_modes: Sequence[str] | None = None,
 ) -> Tensor:
     """The convolution of any number of spatial dims.
@@ -220,6 +220,7 @@ def conv(
     modes = per_dim(padding_mode, nd) if padding_modes is None else tuple(padding_modes)
     dim = normal_dim(dim, x.ndim, nd, label)
     domain = domain_of(manager)
+    read = x
     x, unbatched = batched(x, nd, label)
     if domain.size == 1:
         out = _padded_conv(nd, x, weight, bias, strides, pads, dilations, groups, modes)
@@ -246,10 +247,11 @@ def conv(
     if borders is None:
         out = waiting(x, weight, bias)
     else:
-        x, inside = _padded(nd, x, pads, modes)
+        padded, inside = _padded(nd, x, pads, modes)
         plain = partial(waiting, pads=tuple((pad, pad) for pad in inside))
         shape = Shape(strides, inside, dilations, False, (0,) * nd, groups)
-        out = convolve(x, weight, bias, borders, dim, domain, label, shape, plain)
+        source = read if padded is x else None
+        out = convolve(padded, weight, bias, borders, dim, domain, label, shape, plain, source, layer)
     return out.squeeze(0) if unbatched else out
 
 
@@ -343,7 +345,7 @@ def conv_transpose(
     partition: RowPartition | None,
     manager: DomainParallelManager | None,
     label: str,
-    layer: Hashable = None,
+    layer: int | None = None,
     output_rows: int | None = None,
 ) -> Tensor:
     """The transposed convolution of any number of spatial dims.
@@ -357,6 +359,7 @@ def conv_transpose(
     dim = normal_dim(dim, x.ndim, nd, label)
     at = dim + nd
     domain = domain_of(manager)
+    read = x
     x, unbatched = batched(x, nd, label)
     sizes = sizes_of(x, dim, domain, label, partition, layer)
     along = (kernel[at], strides[at], pads[at], extras[at], dilations[at])
@@ -402,7 +405,7 @@ def conv_transpose(
         out = waiting(x, weight, bias)
     else:
         shape = Shape(strides, pads, dilations, True, extras, groups)
-        out = convolve(x, weight, bias, borders, dim, domain, label, shape, waiting)
+        out = convolve(x, weight, bias, borders, dim, domain, label, shape, waiting, read, layer)
     return out.squeeze(0) if unbatched else out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from credit_domain.domain import Domain
 from credit_domain.functional.borders import Border, Borders
+from credit_domain.functional.sharing import Reader, Shared, share, within
 from credit_halo import ops
 from credit_halo.fit import misfit
 from credit_halo.plan import plans
@@ -56,6 +57,7 @@ class Overlapped(NamedTuple):
         own: How a rank's own rows are convolved.
         bare: How the rows of a border are: without padding along the sharded dim.
         plain: What to differentiate where the gradient is to be differentiated again.
+        shared: What to bring for other layers too, if that is to be done.
     """
 
     borders: Borders
@@ -65,6 +67,18 @@ class Overlapped(NamedTuple):
     own: Shape
     bare: Shape
     plain: Plain
+    shared: Shared | None
+
+    @property
+    def plan(self) -> str:
+        """Key of the plan of what travels."""
+        return self.borders.plan if self.shared is None else self.shared.plan
+
+    def part(self) -> tuple[int, int]:
+        """Where in what is brought for all the halo of this convolution is: the first row, and how many."""
+        assert self.shared is not None
+        rank = self.domain.rank
+        return within(self.shared.reach[rank], self.borders.reach[rank])
 
 
 def overlaps(x: Tensor, weight: Tensor) -> bool:
@@ -88,21 +102,55 @@ def convolve(
     label: str,
     shape: Shape,
     plain: Plain,
+    read: Tensor | None = None,
+    layer: int | None = None,
 ) -> Tensor:
-    """Convolve this rank's part (B, C, ...) of a sharded tensor; see Overlapped for the arguments.
+    """Convolve this rank's part of a sharded tensor.
+
+    Args:
+        x: This rank's rows (B, C, ...), with the padding of other dims that torch's convolution does not do.
+        weight: The whole kernel, the same on every rank; likewise ``bias``.
+        bias: Bias, or None.
+        borders: What the halo reaches.
+        dim: The sharded dim, negative.
+        domain: Whose ranks take part.
+        label: What errors call this.
+        shape: How one rank would convolve.
+        plain: The same convolution, to differentiate where a gradient is to be differentiated again.
+        read: The tensor that the layer was called with, where ``x`` holds the same values in the same places; other
+            layers that read it may share the exchange.
+        layer: The number of the layer; None shares nothing.
 
     Collectives:
-        One message to and from each rank within reach, forward and backward.
+        One message to and from each rank within reach, forward and backward; none where another layer has brought the
+        halo.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weight = _lower(x), _lower(weight)
         bias = None if bias is None else _lower(bias)
     own, bare = shape.along(dim, borders.padding, borders.extra), shape.along(dim, 0, 0)
-    how = Overlapped(borders, dim, domain, label, own, bare, plain)
-    plan, group = plans[borders.plan], domain.process_group
+    group = domain.process_group
     assert group is not None
+    shared = None
+    if read is not None and layer is not None:
+        gradient = x.requires_grad and torch.is_grad_enabled()
+        reader = Reader(layer, borders.source, borders.edge, dim, x.dtype, gradient)
+        shared = share(read, reader, borders, group, domain.rank)
+    if isinstance(shared, Tensor):
+        how = Overlapped(borders, dim, domain, label, own, bare, plain, None)
+        return _convolve(x, weight, bias, shared, how)
+    how = Overlapped(borders, dim, domain, label, own, bare, plain, shared)
+    plan = plans[how.plan]
     ops.agree_on(x, dim % x.ndim, plan, group, label, misfit(x, plan, dim))
-    out: Tensor = _Convolve.apply(x, weight, bias, how)  # type: ignore[no-untyped-call]
+    if shared is None:
+        return _convolve(x, weight, bias, None, how)
+    out: Tensor
+    out, shared.halo = _Convolve.apply(x, weight, bias, None, how)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor | None, how: Overlapped) -> Tensor:
+    out: Tensor = _Convolve.apply(x, weight, bias, halo, how)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -113,25 +161,40 @@ def _lower(x: Tensor) -> Tensor:
 
 
 class _Convolve(torch.autograd.Function):
+    """The convolution, with a halo that another has brought, or one that it brings, for others too."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Overlapped) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Tensor | None, how: Overlapped
+    ) -> Tensor | tuple[Tensor, Tensor]:
         dim = how.dim % x.ndim
-        flight = ops.begin(x, dim, how.borders.plan, how.domain.group, how.label)
+        flight = None if given is not None else ops.begin(x, dim, how.plan, how.domain.group, how.label)
+        brought = given
         try:
             out = torch.convolution(x, weight, bias, *how.own)
         finally:  # rows under way must not be taken for those of another exchange
-            halo = ops.arrived(flight, x, dim)
+            if flight is not None:
+                brought = ops.arrived(flight, x, dim)
+        assert brought is not None
+        # A copy, since a view of an output that its own node keeps would keep both alive for ever.
+        halo = brought if how.shared is None else brought.narrow(dim, *how.part()).clone()
         for border in how.borders.borders:
             start, stop = border.out
             _compute_border(x, weight, bias, halo, out.narrow(dim, start, stop - start), border, how)
         ctx.save_for_backward(x, weight, bias, halo)
         ctx.how = how
-        return out
+        if how.shared is None:
+            return out
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(brought)
+        return out, brought
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, d_brought: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, bias, halo = ctx.saved_tensors
         how, needs = ctx.how, ctx.needs_input_grad
+        if how.shared is not None:
+            how.shared.halo = None  # it belongs to a graph that ends here
         if torch.is_grad_enabled():  # this is to be differentiated again
             return _differentiable_backward(how.plain, (x, weight, bias), needs, grad)
         dim = how.dim % x.ndim
@@ -142,9 +205,12 @@ class _Convolve(torch.autograd.Function):
         d_halo, flight = None, None
         if needs[0]:
             d_halo = torch.cat([d_rows for d_rows, _ in borders], dim) if borders else torch.empty_like(halo)
-            flight = ops.begin(
-                d_halo, dim, plans[how.borders.plan].linear.key, how.domain.group, how.label, adjoint=True
-            )
+            if how.shared is not None and d_brought is not None:
+                d_own, d_halo = d_halo, d_brought.clone()
+                d_halo.narrow(dim, *how.part()).add_(d_own)
+            if not needs[3]:
+                linear = plans[how.plan].linear.key
+                flight = ops.begin(d_halo, dim, linear, how.domain.group, how.label, adjoint=True)
         try:
             sizes = None if bias is None else list(bias.shape)
             d_x, d_weight, d_bias = _gradients(grad, x, weight, sizes, *how.own, needs[:3])
@@ -157,7 +223,7 @@ class _Convolve(torch.autograd.Function):
         if needs[1]:
             for border, (_, d_taps) in zip(how.borders.borders, borders, strict=True):
                 d_weight.narrow(dim, border.taps[0], border.taps[1] - border.taps[0]).add_(d_taps)
-        return d_x, d_weight, d_bias, None
+        return d_x, d_weight, d_bias, d_halo if needs[3] else None, None
 
 
 _gradients = torch.ops.aten.convolution_backward
@@ -214,4 +280,4 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed and tensor is not None]
     grads = iter(torch.autograd.grad(plain(*inputs), wanted, grad, create_graph=True))
-    return *(next(grads) if needed else None for needed in needs[:3]), None
+    return *(next(grads) if needed else None for needed in needs[:3]), None, None
