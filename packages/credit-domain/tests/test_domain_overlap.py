@@ -364,6 +364,68 @@ def test_an_error_leaves_no_rows_under_way():
     assert all(torch.isfinite(out).all() for out in ones)
 
 
+# Compiled
+
+COMPILED = (
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 6, 5, stride=2, padding=2, groups=2, bias=False),
+    nn.Conv2d(4, 6, 3, padding=(2, 1), dilation=(2, 1), padding_mode="circular"),
+    nn.Conv2d(4, 6, 2, padding="same"),  # waits for its halo
+    nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1),
+    nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, bias=False),
+)
+
+
+def compiled_like_eager(rank, backend):
+    manager = initialize_domain_parallel(3, 3)
+    manager.declare(RowPartition((8, 6, 10), 2))
+    torch.manual_seed(0)
+    for layer in COMPILED:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            mine = convert_to_domain_parallel(copy.deepcopy(layer).double(), manager)
+            fast = torch.compile(mine, backend=backend, fullgraph=True)
+            x = randn(2, 4, (8, 6, 10)[rank], 8, seed=rank).clone(memory_format=memory_format).requires_grad_()
+            found = []
+            for net in (mine, fast):
+                out = net(x)
+                loss = (out * randn(*out.shape, seed=9 + rank)).sum()
+                found.append([out, *torch.autograd.grad(loss, [x, *mine.parameters()])])
+            for plain, compiled in zip(*found, strict=True):
+                torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_convolutions(backend):
+    run_processes(compiled_like_eager, 3, backend, timeout=290)
+
+
+def compiled_events(rank):
+    """As events_of, in compiled code."""
+    manager = initialize_domain_parallel(3, 3)
+    manager.declare(EVEN)
+    net = torch.compile(convert_to_domain_parallel(chain(2), manager), backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, 4, 8, 6, requires_grad=True)
+    net(x).sum().backward()
+    found = []
+    with (
+        mock.patch.object(ops, "start", logged(found, "send", ops.start)),
+        mock.patch.object(ops.InFlight, "wait", logged(found, "wait", ops.InFlight.wait)),
+        mock.patch.object(torch, "convolution", logged(found, "convolve", torch.convolution)),
+        mock.patch.object(overlap, "_gradients", logged(found, "gradients", overlap._gradients)),
+    ):
+        out = net(x)
+        forward = list(found)
+        found.clear()
+        out.backward(torch.ones_like(out))
+    return forward, found
+
+
+def test_compiled_code_computes_while_rows_travel():
+    forward, backward = run_processes(compiled_events, 3, timeout=120)[1]
+    assert forward == ["send", "convolve", "wait", "convolve", "convolve"] * 2
+    assert backward == ["gradients", "gradients", "send", "gradients", "wait"] * 2
+
+
 # Hidden behind the computation
 
 LAYERS, DELAY, WORK = 5, 0.04, 0.06

@@ -61,6 +61,7 @@ def prepare_inductor() -> None:
 
 def _lower_in_order(op: Any) -> None:
     """Make each exchange of a graph depend on the one before it, which inductor of torch 2.13 forgets."""
+    from torch._inductor.ir import MultiOutput
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
@@ -72,9 +73,9 @@ def _lower_in_order(op: Any) -> None:
         graph: Any = V.graph
         first = len(graph.operations)
         result = lower(*args, **kwargs)
-        created: list[Any] = graph.operations[first:]
+        created = [operation for operation in graph.operations[first:] if not isinstance(operation, MultiOutput)]
         last = getattr(graph, "_credit_halo_last", None)
-        if 0 in result.get_size():
+        if not isinstance(result, (list, tuple)) and 0 in result.get_size():
             raise ValueError(
                 f"inductor leaves out {op}, whose result is empty on this rank though other ranks may wait for it: "
                 "give every rank rows to receive, or keep this exchange out of the compiled code"

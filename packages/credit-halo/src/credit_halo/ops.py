@@ -149,6 +149,12 @@ def arrived(flight: InFlight, x: Tensor, dim: int) -> Tensor:
     return out
 
 
+def empty_halo(x: Tensor, dim: int, plan: str) -> Tensor:
+    """A tensor like the one that :func:`arrived` returns, uninitialised."""
+    out = empty_rows(x, dim, plans[plan].out_rows)
+    return torch.empty(out.shape, dtype=x.dtype, device=x.device) if plans[plan].is_delivery else out
+
+
 def add_arrived(flight: InFlight, grad: Tensor, out: Tensor, dim: int) -> None:
     """Wait for an adjoint exchange of ``grad``, and add to ``out`` what :func:`exchange` returns, in place."""
     add_local(grad, out, dim, flight.plan)

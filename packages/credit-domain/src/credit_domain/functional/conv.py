@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from credit_domain import footprint
-from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
+from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_domain.functional.borders import Borders, borders_of_conv, borders_of_transposed
-from credit_domain.functional.overlap import Shape, convolve, overlaps
+from credit_domain.functional.overlap import Plain, Shape, as_autocast_does, convolve, overlaps
+from credit_domain.functional.overlap_op import convolve as compiled
+from credit_domain.functional.overlap_op import name_of
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -241,18 +244,54 @@ def conv(
         out = _padded_conv(nd, none, weight, bias, strides, pads, dilations, groups, modes)
         return out.reshape(x.shape[0], *out.shape[1 : at + 2], 0, *out.shape[at + 3 :])
 
-    borders = None
-    if overlaps(x, weight) and not step.local:
-        borders = _conv_borders(sizes, domain.rank, kernel[at], strides[at], *along, dilations[at], modes[at])
-    if borders is None:
+    if step.local or not overlaps(x, weight):
         out = waiting(x, weight, bias)
     else:
         padded, inside = _padded(nd, x, pads, modes)
-        plain = partial(waiting, pads=tuple((pad, pad) for pad in inside))
+        rows = (sizes, domain.rank, kernel[at], strides[at], *along, dilations[at], modes[at])
         shape = Shape(strides, inside, dilations, False, (0,) * nd, groups)
+        plain = partial(waiting, pads=tuple((pad, pad) for pad in inside))
         source = read if padded is x else None
-        out = convolve(padded, weight, bias, borders, dim, domain, label, shape, plain, source, layer)
+        found = _overlapped("conv", rows, padded, weight, bias, dim, domain, label, shape, plain, source, layer)
+        out = waiting(x, weight, bias) if found is None else found
     return out.squeeze(0) if unbatched else out
+
+
+def _overlapped(
+    kind: str,
+    rows: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    domain: Domain,
+    label: str,
+    shape: Shape,
+    plain: Plain,
+    read: Tensor | None,
+    layer: int | None,
+) -> Tensor | None:
+    """Convolve while the halo travels; None where that cannot be done.
+
+    Args are those of :func:`credit_domain.functional.overlap.convolve`, and what the borders follow from: the kind of
+    convolution and the arguments of the function of that kind in ``_BORDERS``.
+    """
+    x, weight, bias = as_autocast_does(x, weight, bias)
+    if torch.compiler.is_compiling():
+        name = _compiled_name(kind, rows, dim, tuple(domain), label, tuple(shape))
+        return compiled(x, weight, bias, name)[0] if name else None
+    borders = _BORDERS[kind](*rows)
+    if borders is None:
+        return None
+    return convolve(x, weight, bias, borders, dim, domain, label, shape, plain, read, layer)
+
+
+@constant
+def _compiled_name(
+    kind: str, rows: tuple[Any, ...], dim: int, domain: tuple[Any, ...], label: str, shape: tuple[Any, ...]
+) -> str:
+    borders = _BORDERS[kind](*rows)
+    return "" if borders is None else name_of(borders, dim, Domain(*domain), label, Shape(*shape))
 
 
 @lru_cache(maxsize=4096)
@@ -398,14 +437,12 @@ def conv_transpose(
             out = out.reshape(x.shape[0], *out.shape[1 : at + 2], 0, *out.shape[at + 3 :])
         return out
 
-    borders = None
+    found = None
     if overlaps(x, weight) and not step.local:
-        borders = _transposed_borders(sizes, domain.rank, *along[:3], back, dilations[at])
-    if borders is None:
-        out = waiting(x, weight, bias)
-    else:
+        rows = (sizes, domain.rank, *along[:3], back, dilations[at])
         shape = Shape(strides, pads, dilations, True, extras, groups)
-        out = convolve(x, weight, bias, borders, dim, domain, label, shape, waiting, read, layer)
+        found = _overlapped("transposed", rows, x, weight, bias, dim, domain, label, shape, waiting, read, layer)
+    out = waiting(x, weight, bias) if found is None else found
     return out.squeeze(0) if unbatched else out
 
 
@@ -416,6 +453,9 @@ def _transposed_borders(
     source = RowPartition(sizes, allow_empty=True)
     plan = footprint.transposed_convolution(source, kernel, stride, padding, output_padding, dilation)
     return borders_of_transposed(plan, rank, kernel, stride, dilation, padding)
+
+
+_BORDERS: dict[str, Callable[..., Borders | None]] = {"conv": _conv_borders, "transposed": _transposed_borders}
 
 
 @constant

@@ -8,7 +8,7 @@ unpadded input, which is kept anyway, and the halo.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -82,12 +82,7 @@ class Overlapped(NamedTuple):
 
 
 def overlaps(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution of such tensors can run while its halo travels.
-
-    Compiled code takes operations that torch can trace, and subclasses of tensors have rules of their own.
-    """
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a convolution of such tensors can run while its halo travels: subclasses have rules of their own."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     return plain and x.is_floating_point() and 0 not in x.shape
 
@@ -125,9 +120,6 @@ def convolve(
         One message to and from each rank within reach, forward and backward; none where another layer has brought the
         halo.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight = _lower(x), _lower(weight)
-        bias = None if bias is None else _lower(bias)
     own, bare = shape.along(dim, borders.padding, borders.extra), shape.along(dim, 0, 0)
     group = domain.process_group
     assert group is not None
@@ -154,8 +146,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor | Non
     return out
 
 
-def _lower(x: Tensor) -> Tensor:
+def as_autocast_does(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Convert as autocast does before a convolution, so that what travels and what is kept is converted too."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    return _lower(x), _lower(weight), None if bias is None else _lower(bias)
+
+
+def _lower(x: Tensor) -> Tensor:
     wide = x.dtype == torch.float64 or not x.is_floating_point()
     return x if wide else x.to(torch.get_autocast_dtype(x.device.type))
 
@@ -167,20 +165,7 @@ class _Convolve(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Tensor | None, how: Overlapped
     ) -> Tensor | tuple[Tensor, Tensor]:
-        dim = how.dim % x.ndim
-        flight = None if given is not None else ops.begin(x, dim, how.plan, how.domain.group, how.label)
-        brought = given
-        try:
-            out = torch.convolution(x, weight, bias, *how.own)
-        finally:  # rows under way must not be taken for those of another exchange
-            if flight is not None:
-                brought = ops.arrived(flight, x, dim)
-        assert brought is not None
-        # A copy, since a view of an output that its own node keeps would keep both alive for ever.
-        halo = brought if how.shared is None else brought.narrow(dim, *how.part()).clone()
-        for border in how.borders.borders:
-            start, stop = border.out
-            _compute_border(x, weight, bias, halo, out.narrow(dim, start, stop - start), border, how)
+        out, halo, brought = forward(x, weight, bias, given, how)
         ctx.save_for_backward(x, weight, bias, halo)
         ctx.how = how
         if how.shared is None:
@@ -192,38 +177,79 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, d_brought: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, bias, halo = ctx.saved_tensors
-        how, needs = ctx.how, ctx.needs_input_grad
-        if how.shared is not None:
-            how.shared.halo = None  # it belongs to a graph that ends here
+        if ctx.how.shared is not None:
+            ctx.how.shared.halo = None  # it belongs to a graph that ends here
         if torch.is_grad_enabled():  # this is to be differentiated again
-            return _differentiable_backward(how.plain, (x, weight, bias), needs, grad)
-        dim = how.dim % x.ndim
-        borders = []
-        for border in how.borders.borders if needs[0] or needs[1] else ():
-            start, stop = border.out
-            borders.append(_border_backward(weight, halo, grad.narrow(dim, start, stop - start), border, how, needs))
-        d_halo, flight = None, None
-        if needs[0]:
-            d_halo = torch.cat([d_rows for d_rows, _ in borders], dim) if borders else torch.empty_like(halo)
-            if how.shared is not None and d_brought is not None:
-                d_own, d_halo = d_halo, d_brought.clone()
-                d_halo.narrow(dim, *how.part()).add_(d_own)
-            if not needs[3]:
-                linear = plans[how.plan].linear.key
-                flight = ops.begin(d_halo, dim, linear, how.domain.group, how.label, adjoint=True)
-        try:
-            sizes = None if bias is None else list(bias.shape)
-            d_x, d_weight, d_bias = _gradients(grad, x, weight, sizes, *how.own, needs[:3])
-        except BaseException:
-            if flight is not None:
-                flight.wait()
-            raise
-        if d_halo is not None and flight is not None:
-            ops.add_arrived(flight, d_halo, d_x, dim)
-        if needs[1]:
-            for border, (_, d_taps) in zip(how.borders.borders, borders, strict=True):
-                d_weight.narrow(dim, border.taps[0], border.taps[1] - border.taps[0]).add_(d_taps)
-        return d_x, d_weight, d_bias, d_halo if needs[3] else None, None
+            return _differentiable_backward(ctx.how.plain, (x, weight, bias), ctx.needs_input_grad, grad)
+        sizes = None if bias is None else list(bias.shape)
+        return *backward(grad, d_brought, x, weight, sizes, halo, ctx.how, ctx.needs_input_grad), None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, given: Tensor | None, how: Overlapped
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolve while the halo travels, unless it is given.
+
+    Returns:
+        The output, the halo, and all that was brought.
+    """
+    dim = how.dim % x.ndim
+    flight = None if given is not None else ops.begin(x, dim, how.plan, how.domain.group, how.label)
+    brought = given
+    try:
+        out = torch.convolution(x, weight, bias, *how.own)
+    finally:  # rows under way must not be taken for those of another exchange
+        if flight is not None:
+            brought = ops.arrived(flight, x, dim)
+    assert brought is not None
+    # A copy, since a view of an output that its own node keeps would keep both alive for ever.
+    halo = brought if how.shared is None else brought.narrow(dim, *how.part()).clone()
+    for border in how.borders.borders:
+        start, stop = border.out
+        _compute_border(x, weight, bias, halo, out.narrow(dim, start, stop - start), border, how)
+    return out, halo, brought
+
+
+def backward(
+    grad: Tensor,
+    d_brought: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: list[int] | None,
+    halo: Tensor,
+    how: Overlapped,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias (its shape is what is given) and of a given halo: those that are needed.
+
+    ``d_brought`` is the gradient of what was brought for other layers.
+    """
+    dim = how.dim % x.ndim
+    borders = []
+    for border in how.borders.borders if needs[0] or needs[1] else ():
+        start, stop = border.out
+        borders.append(_border_backward(weight, halo, grad.narrow(dim, start, stop - start), border, how, needs))
+    d_halo, flight = None, None
+    if needs[0]:
+        d_halo = torch.cat([d_rows for d_rows, _ in borders], dim) if borders else torch.empty_like(halo)
+        if how.shared is not None and d_brought is not None:
+            d_own, d_halo = d_halo, d_brought.clone()
+            d_halo.narrow(dim, *how.part()).add_(d_own)
+        if not needs[3]:
+            linear = plans[how.plan].linear.key
+            flight = ops.begin(d_halo, dim, linear, how.domain.group, how.label, adjoint=True)
+    try:
+        d_x, d_weight, d_bias = _gradients(grad, x, weight, bias, *how.own, list(needs[:3]))
+    except BaseException:
+        if flight is not None:
+            flight.wait()
+        raise
+    if d_halo is not None and flight is not None:
+        ops.add_arrived(flight, d_halo, d_x, dim)
+    if needs[1]:
+        for border, (_, d_taps) in zip(how.borders.borders, borders, strict=True):
+            d_weight.narrow(dim, border.taps[0], border.taps[1] - border.taps[0]).add_(d_taps)
+    return d_x, d_weight, d_bias, d_halo if needs[3] else None
 
 
 _gradients = torch.ops.aten.convolution_backward
@@ -260,7 +286,7 @@ def _reached(halo: Tensor, weight: Tensor, border: Border, how: Overlapped) -> t
 
 
 def _border_backward(
-    weight: Tensor, halo: Tensor, rows: Tensor, border: Border, how: Overlapped, needs: tuple[bool, ...]
+    weight: Tensor, halo: Tensor, rows: Tensor, border: Border, how: Overlapped, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """From the gradient of a border that of the halo's rows, and what it adds to that of a part of the kernel."""
     dim = how.dim % halo.ndim
