@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing.forkserver
 import os
 from importlib.util import find_spec
 
@@ -19,6 +20,9 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 MISSING = [package for package in ("numpy", "tqdm", "yaml") if find_spec(package) is None]
 PARTS = ("config", "data", "demo", "era5", "examples", "forecast", "plan", "plots", "training")
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
+
+# A rank that is a process need not spend half a second on these.
+PRELOADED = ["credit_halo.testing", "credit_domain", "credit_parallel.training.loop", "hypothesis", "pytest", "xarray"]
 
 
 def pytest_report_header() -> str | None:
@@ -47,6 +51,13 @@ def pytest_report_collectionfinish(items: list[pytest.Item]) -> str | None:
     if len(names) == 1:
         return f"gpu: 1 ({names[0]}): NCCL at world size 1, and many ranks as threads on it"
     return f"gpu: {len(names)} ({', '.join(sorted(set(names)))}): NCCL, one process per GPU"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the process that ranks are forks of, where there will be any, with what they import and is installed."""
+    if any(hasattr(getattr(item, "module", None), "run_processes") for item in session.items):
+        multiprocessing.forkserver.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -63,7 +63,22 @@ class UNet(nn.Module):
         return self.head(self.last(torch.cat([skip, x], 1)))
 
 
-NETS = {"chain": chain, "unet": UNet}
+class Embedding(nn.Module):
+    """Four kernels over one tensor, as in a CrossFormer, and the way back by patches."""
+
+    def __init__(self, channels: int = 16, stride: int = 4):
+        super().__init__()
+        kernels = (stride, 2 * stride, 4 * stride, 8 * stride)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(channels, channels // 4, kernel, stride, (kernel - stride) // 2) for kernel in kernels
+        )
+        self.back = nn.ConvTranspose2d(channels, channels, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(torch.cat([branch(x) for branch in self.branches], 1))
+
+
+NETS = {"chain": chain, "unet": UNet, "embedding": Embedding}
 
 
 # On each rank

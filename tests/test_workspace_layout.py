@@ -1,5 +1,6 @@
 """Rules of the layout that nothing else would notice: see CONTRIBUTING.md."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def test_no_two_modules_of_the_tests_share_a_name():
     modules = [p.name for p in ROOT.glob("packages/*/tests/**/*.py")] + [p.name for p in ROOT.glob("tests/*.py")]
     shared = {name for name, count in Counter(modules).items() if count > 1} - {"conftest.py"}
     assert not shared
+
+
+def test_tests_of_the_repository_are_not_marked_slow():
+    # Those of a package run in its own session, slow ones too; these run only together with the quick ones of all.
+    marked = [p.name for p in ROOT.glob("tests/*.py") if re.search(r"^[^#]*\bpytest\.mark\.slow", p.read_text(), re.M)]
+    assert not marked
 
 
 @pytest.mark.parametrize("package", PACKAGES)

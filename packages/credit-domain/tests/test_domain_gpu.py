@@ -1,4 +1,4 @@
-"""On a GPU: the numbers of one rank, a host that never waits, and steps as CUDA graphs.
+"""On a GPU: the numbers of one rank, rows that travel while others are computed, a host that never waits, CUDA graphs.
 
 What can be runs on a CPU too. The host waits for nothing there; the names of operations tell what it would wait for.
 """
@@ -6,7 +6,10 @@ What can be runs on a CPU too. The host waits for nothing there; the names of op
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from domain_models import MultiKernelEmbedding, PeriodicConv2d, PeriodicResidual
 from domain_reference import randn, shard
 from torch import Tensor, nn
 
+import credit_domain.functional.overlap as overlap
 from credit_domain import convert_to_domain_parallel, initialize_domain_parallel
 from credit_domain.domain import Domain
 from credit_domain.footprint import convolution
@@ -75,21 +79,77 @@ def test_threads_on_one_device_give_the_numbers_of_one_rank(name: str, device: s
         torch.testing.assert_close(sum(parts), expected, **CLOSE)
 
 
-# One rank that is its own neighbour
+# One rank that is its own neighbour, or has a neighbour with the same rows
+
+
+class Message(NamedTuple):
+    """What a dist.P2POp holds, which itself takes no peer that is not there."""
+
+    op: Callable[..., Any]
+    tensor: Tensor
+    group: dist.ProcessGroup
+    tag: int
+    group_peer: int
+
+
+class Carried:
+    """Messages between ranks that hold the same rows: what leaves one is what comes in.
+
+    On a GPU they travel in a stream of their own, after a sleep, and the current stream is what waits for them, as
+    with NCCL. On a CPU they arrive when they are waited for.
+    """
+
+    def __init__(self, messages: list[Message], cycles: int) -> None:
+        ways = [[m.tensor for m in messages if m.op is way] for way in (dist.isend, dist.irecv)]
+        self.pairs = list(zip(*ways, strict=True))
+        self.arrival = torch.cuda.Event(enable_timing=True) if messages[0].tensor.is_cuda else None
+        if self.arrival is not None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles)
+                self.deliver()
+                self.arrival.record()
+
+    def deliver(self) -> None:
+        for sent, received in self.pairs:
+            received.copy_(sent)
+
+    def wait(self) -> bool:
+        if self.arrival is None:
+            self.deliver()
+        else:
+            torch.cuda.current_stream().wait_event(self.arrival)
+        return True
+
+
+@contextmanager
+def neighbour(cycles: int, *, at_once: bool = False) -> Iterator[list[Carried]]:
+    """Carry messages as above, after so many cycles of a GPU; ``at_once`` computes nothing before they arrive."""
+    found: list[Carried] = []
+
+    def batch(messages: list[Message]) -> list[Carried]:
+        found.append(Carried(messages, cycles))
+        if at_once:
+            found[-1].wait()
+        return found[-1:]
+
+    with mock.patch.object(dist, "P2POp", Message), mock.patch.object(dist, "batch_isend_irecv", batch):
+        yield found
 
 
 def wrapping(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(F.pad(x, (0, 0, 1, 1), mode="circular"), weight, bias, padding=(0, 1))
 
 
-def own_neighbour(group: dist.ProcessGroup) -> Callable[..., Tensor]:
+def own_neighbour(group: dist.ProcessGroup, ranks: int = 1, rows: int = 12) -> Callable[..., Tensor]:
     """A convolution that computes its interior, and its borders from a halo of the same rows."""
-    footprint = convolution(RowPartition((12,)), 3, 1, (1, 1), 1, EdgeRule("circular"))
+    footprint = convolution(RowPartition((rows,) * ranks), 3, 1, (1, 1), 1, EdgeRule("circular"))
     borders = borders_of_conv(footprint, 0, 3, 1, 1)
     assert borders is not None
     assert len(borders.borders) == 2
     shape = Shape((1, 1), (0, 1), (1, 1), False, (0, 0), 1)
-    domain = Domain(group.group_name, 0, 1, "")
+    domain = Domain(group.group_name, 0, ranks, "")
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(x, weight, bias, borders, -2, domain, "conv", shape, wrapping)
@@ -116,16 +176,87 @@ def same_as_padded(rank: int, device: str) -> None:
     group = dist.new_group([0], backend="nccl") if device == "cuda" else dist.group.WORLD
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         inputs = data(device, dtype)
-        found = conv_step(own_neighbour(group), inputs)
-        for each, expected in zip(found, conv_step(wrapping, inputs), strict=True):
-            assert each.dtype == dtype
-            error = (each.double() - expected.double()).abs().max() / expected.double().abs().max()
-            assert error < tolerance, (dtype, error)
+        wanted = conv_step(wrapping, inputs)
+        for ranks in (1, 2):
+            with neighbour(cycles=10**7) as carried:  # some milliseconds, in which rows that nobody waits for are zeros
+                found = conv_step(own_neighbour(group, ranks), inputs)
+            assert len(carried) == (2 if ranks == 2 else 0)
+            for each, expected in zip(found, wanted, strict=True):
+                assert each.dtype == dtype
+                error = (each.double() - expected.double()).abs().max() / expected.double().abs().max()
+                assert error < tolerance, (dtype, ranks, error)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_rank_that_is_its_own_neighbour(device: str) -> None:
     run_processes(same_as_padded, 1, device, timeout=120)
+
+
+def timed() -> torch.cuda.Event:
+    """Now, in the current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def hidden(rank: int) -> None:
+    """A delay of every message as long as a convolution, which takes milliseconds."""
+    torch.cuda.set_device(0)
+    torch.backends.cudnn.allow_tf32 = False
+    rows, run = 512, own_neighbour(dist.new_group([0], backend="nccl"), 2, 512)
+    sizes = ((4, 64, rows, 512), (64, 64, 3, 3), (64,), (4, 64, rows, 512))
+    *leaves, grad = (torch.rand(size, device="cuda") for size in sizes)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    begun: list[torch.cuda.Event] = []
+
+    def noted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(first: Tensor, *args: Any) -> Any:
+            if first.shape[2] == rows:  # not a border
+                begun.append(timed())
+            return method(first, *args)
+
+        return call
+
+    def step(cycles: int, *, at_once: bool = False) -> Tensor:
+        """Milliseconds of the forward and of the backward; between the begin of their computation and arrival."""
+        begun.clear()
+        with (
+            neighbour(cycles, at_once=at_once) as carried,
+            mock.patch.object(torch, "convolution", noted(torch.convolution)),
+            mock.patch.object(overlap, "_gradients", noted(overlap._gradients)),
+        ):
+            torch.cuda._sleep(10**8)  # in which the host comes ahead
+            start = timed()
+            out = run(*leaves)
+            middle = timed()
+            torch.autograd.grad(out, leaves, grad)
+            end = timed()
+        torch.cuda.synchronize()
+        arrivals = [work.arrival for work in carried]
+        early = [begin.elapsed_time(arrival) for begin, arrival in zip(begun, arrivals, strict=True)]
+        return torch.tensor([start.elapsed_time(middle), middle.elapsed_time(end), *early])
+
+    def best(cycles: int, *, at_once: bool = False) -> Tensor:
+        """The shortest of some times, so that what else uses the GPU counts little."""
+        return torch.stack([step(cycles, at_once=at_once) for _ in range(5)]).amin(0)
+
+    step(0)
+    prompt = best(0)[:2]
+    start = timed()
+    torch.cuda._sleep(10**8)
+    end = timed()
+    end.synchronize()
+    cycles = int(10**8 * prompt[0] / start.elapsed_time(end))
+    overlapped, early = best(cycles).split(2)
+    late = best(cycles, at_once=True)[:2]
+    told = f"ms forward and backward: {prompt} without delay, {overlapped} with, {late} waiting at once; {early} early"
+    assert (early > 0).all(), told  # the computation begins before messages arrive
+    assert (overlapped - prompt < (late - prompt) / 2).all(), told
+
+
+@pytest.mark.gpu
+def test_rows_travel_while_others_are_computed() -> None:
+    run_processes(hidden, 1, timeout=120)
 
 
 # The host

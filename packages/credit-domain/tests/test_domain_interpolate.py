@@ -67,6 +67,7 @@ def ways(draw, spatial):
     return how
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.data(), layouts())
 def test_resampling(data, layout):

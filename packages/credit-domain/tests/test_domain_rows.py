@@ -70,6 +70,7 @@ def test_crop(data, case):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.data(), cases())
 def test_repartition_there_and_back(data, case):
@@ -88,6 +89,7 @@ def test_repartition_there_and_back(data, case):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.data(), cases())
 def test_regroup_any_rows(data, case):
@@ -105,6 +107,7 @@ def test_regroup_any_rows(data, case):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.data(), cases())
 def test_regroup_and_back(data, case):

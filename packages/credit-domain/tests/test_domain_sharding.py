@@ -37,6 +37,7 @@ def refused(text):
 # Tensors
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data(), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
 def test_tensors_are_divided_and_gathered(data, ranks, granularity, ndim):

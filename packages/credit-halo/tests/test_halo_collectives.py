@@ -50,6 +50,7 @@ def test_on_threads() -> None:
     run_threads(every_collective, 4)
 
 
+@pytest.mark.slow
 def test_in_processes() -> None:
     run_processes(every_collective, 4)
 

@@ -97,6 +97,7 @@ def test_what_inductor_would_leave_out_is_refused() -> None:
     run_processes(empty_on_one_rank, 3, timeout=120)
 
 
+@pytest.mark.slow
 def test_compiled_code_checks_when_it_runs() -> None:
     halo = HaloExchange(1, edge=pole_crossing())
     run = torch.compile(halo, fullgraph=True, backend="aot_eager")

@@ -147,6 +147,7 @@ def stall(rank: int, how: str, labels: tuple[str, str, str]) -> tuple[str, str, 
 STEADY = ("rows", "rows", "rows")
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls() -> None:
     results = run_processes(stall, 3, "stalls", ("before", "after", "later"), timeout=40, group_timeout=1.5)
     for rank in (0, 2):
@@ -157,6 +158,7 @@ def test_a_rank_that_stalls() -> None:
         assert "an earlier exchange failed on its group" in again
 
 
+@pytest.mark.slow
 def test_the_peer_that_was_waited_for_is_named() -> None:
     results = run_processes(stall, 3, "stalls", STEADY, timeout=40, group_timeout=1.5)
     for rank in (0, 2):
@@ -209,6 +211,7 @@ def test_debug_prints_one_line_for_each_exchange() -> None:
         )
 
 
+@pytest.mark.slow
 def test_debug_is_seen_without_any_setup_of_logging() -> None:
     import subprocess
     import sys

@@ -60,6 +60,7 @@ def test_a_failed_rank_is_named_with_its_traceback(run) -> None:
     assert run(hello, 2, "again")[1][0] == "again 1"
 
 
+@pytest.mark.slow
 def test_a_dead_process_and_a_late_one() -> None:
     with pytest.raises(RankError, match="rank 1:\nended with exit code 3"):
         run_processes(leave, 2)

@@ -163,6 +163,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "a", "b"), [(i, *pair) for i, pair in enumerate(PAIRS)], ids=str)
 def test_there_and_back(number, a, b, curves, tmp_path):
     name = ("sgd", "adamw")[number % 2]
@@ -199,6 +200,7 @@ def test_every_pair_of_six(a, curves, tmp_path):
             torch.testing.assert_close(losses, curves["adamw"][6:], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_on_processes(curves, tmp_path):
     there, back = tmp_path / "there", tmp_path / "back"
     on(("fsdp2", 2, 1, 2), run_processes, "adamw", 0, None, there, 3)
@@ -411,6 +413,7 @@ def draw_after(rank, conf, folder, wander):
     return [context.load(step).same_layout or draw() for step in (folder / "other", *sorted(folder.glob("step-*")))]
 
 
+@pytest.mark.slow
 def test_random_numbers(tmp_path):
     results = run_processes(draw_around, 2, conf_of("none", 1, 2), tmp_path)
     assert all(expected == again for expected, again in results)
@@ -751,7 +754,6 @@ def saver(rank, size, folder, asynchronous, size_of_model):
 def kill_and_check(folder, size, asynchronous, delay):
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "credit_halo.testing"])
     processes = [context.Process(target=saver, args=(rank, size, folder, asynchronous, 20_000)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -827,4 +829,4 @@ def test_killed_before_every_change_of_a_file(asynchronous, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_many_times(tmp_path):
-    kills(50, tmp_path)
+    kills(40, tmp_path)

@@ -141,6 +141,7 @@ def test_every_layout_trains_like_one_rank(mode, dp, tensor, domain, expected):
     compare(results, expected[name], 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "dp", "tensor", "domain"), [("ddp", 2, 1, 2), ("fsdp2", 1, 2, 2), ("none", 1, 1, 3)])
 def test_on_processes(mode, dp, tensor, domain, expected):
     conf = conf_of(mode, tensor, domain)
@@ -304,6 +305,7 @@ def run_text(rank, text):
     return [float(line.removeprefix("loss ")) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_script_of_the_readme():
     """The very text, on one rank and on four: the same losses."""
     text = README.read_text().split("```python\n")[1].split("```")[0]

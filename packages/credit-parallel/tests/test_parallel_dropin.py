@@ -564,6 +564,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "tensor", "domain", "height", "uneven", "trainer"), LAYOUTS, ids=str)
 def test_a_program_on_four_ranks_trains_like_one(program, mode, tensor, domain, height, uneven, trainer):
     conf = {"trainer": {"parallelism": {"data": mode, "tensor": tensor, "domain": domain}, **trainer}}
@@ -587,6 +588,7 @@ def command(*arguments, cwd, launcher=("-m", "credit_parallel.dropin")):
     return subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_a_program_started_as_torchrun_does(program, tmp_path):
     """Each rank by its environment; the ranks meet through a file."""
     ranks = []
@@ -633,6 +635,7 @@ def script(tmp_path):
     return folder / "script.py"
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_script(script, tmp_path):
     done = command("scripts/script.py", "-m", "spawn", cwd=tmp_path)
     assert done.returncode == 5, done.stderr
@@ -643,6 +646,7 @@ def test_the_command_runs_a_script(script, tmp_path):
     assert mesh == "credit_mesh.mesh"
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_module(script):
     done = command("-m", "script", "--a", cwd=script.parent)
     assert done.returncode == 5, done.stderr

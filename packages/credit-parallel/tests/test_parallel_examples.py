@@ -178,6 +178,7 @@ def test_tensor_parallel_ranks_hold_half_of_each_block():
 # Compiling
 
 
+@pytest.mark.slow
 # Dynamo looks at the gradients of activations.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["unet", "transformer"])

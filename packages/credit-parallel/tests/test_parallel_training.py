@@ -248,6 +248,7 @@ def test_a_transformer_divided_three_ways(tmp_path):
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -15,7 +15,6 @@ from credit_parallel.data.forcings import Forcings
 from credit_parallel.data.source import Source
 from credit_parallel.forecast.writer import ForecastWriter
 from credit_parallel.training.experiment import Experiment
-from credit_parallel.training.rollout import rollout
 from credit_parallel.training.scores import LeadScores
 
 WHAT = "forecast"
@@ -68,7 +67,6 @@ def run_forecast(
         last = [_last_time(source, start, (data.history - 1) * lead) for start in starts]
         forcings = Forcings(data.forcings, source.grid, rows)
     ahead = (source.step or 0.0) * lead
-    increments = (statistics.increment / statistics.std).to(device)
     scores = LeadScores(source.channels, statistics, experiment.weights(), steps)
 
     def read(times: Sequence[int]) -> Tensor:
@@ -83,11 +81,6 @@ def run_forecast(
         fields = [forcings.at(None if begin is None else begin + step * ahead, ahead) for step in range(steps)]
         return torch.stack(fields).to(device, experiment.dtype)
 
-    def model(x: Tensor) -> Tensor:
-        with experiment.autocast():
-            out: Tensor = context.model(x)
-        return out
-
     training = context.model.training
     context.model.eval()
     try:
@@ -98,7 +91,7 @@ def run_forecast(
                 with together(WHAT):
                     states = read(range(start - (data.history - 1) * lead, start + 1, lead))
                     given = known(start)
-                for step, state in enumerate(rollout(model, states[None], given[None], increments)):
+                for step, state in enumerate(experiment.predictions(states[None], given[None])):
                     time = start + (step + 1) * lead
                     truth = None
                     with together(WHAT):

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,8 +204,8 @@ class Experiment:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def predictions(self, fields: Tensor, forcings: Tensor) -> list[Tensor]:
-        """The states that follow the history in ``fields`` (B, history + steps, C, H, W), one for each forcing."""
+    def predictions(self, fields: Tensor, forcings: Tensor) -> Iterator[Tensor]:
+        """The states that follow the history, with which ``fields`` (B, times, C, H, W) begin, one for each forcing."""
         statistics = self.known_statistics
         increments = (statistics.increment / statistics.std).to(self.device)
 
@@ -214,7 +214,7 @@ class Experiment:
                 out: Tensor = self.context.model(x)
             return out
 
-        return list(rollout(model, fields[:, : self.config.data.history], forcings, increments))
+        return rollout(model, fields[:, : self.config.data.history], forcings, increments)
 
 
 def prepare(checked: Checked, device: torch.device) -> Experiment:

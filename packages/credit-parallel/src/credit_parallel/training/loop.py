@@ -237,7 +237,7 @@ class _Training:
 
     def loss(self, fields: Tensor, forcings: Tensor) -> Tensor:
         """Mean square error of the states to come, in units of their typical change: persistence has about 1."""
-        predictions = self.experiment.predictions(fields, forcings)
+        predictions = list(self.experiment.predictions(fields, forcings))
         truths = fields[:, -len(predictions) :].unbind(1)
         errors = [
             self.context.mean(((prediction - truth) / self.increments) ** 2, weights=self.weights)
@@ -259,7 +259,7 @@ class _Training:
         model.eval()
         seen, own = 0, len(list(sampler)) - sampler.repeated
         for fields, forcings in self.loader(samples, sampler, drop_last=False):
-            predictions = self.experiment.predictions(fields, forcings)
+            predictions = list(self.experiment.predictions(fields, forcings))
             count = min(len(fields), own - seen)  # without those that another replica has too
             seen += len(fields)
             if count > 0:
