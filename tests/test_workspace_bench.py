@@ -57,7 +57,8 @@ def has_every_part(results):
     )
     for r in results["nets"]:
         assert r["limit_ratio"] > 0
-        assert r["kept_ratio"] < 1.1
+        # The embedding keeps the 14 rows that its widest kernel reads beyond the 32 of a rank, and 2 of them twice.
+        assert r["kept_ratio"] < (1.5 if r["net"] == "embedding" else 1.1)
     for r in results["scaling"]:
         assert r["domain"]["lower"] <= r["domain"]["median"] <= r["domain"]["upper"]
         assert r["cores_allow"] <= r["ranks"]
