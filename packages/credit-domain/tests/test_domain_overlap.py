@@ -178,12 +178,8 @@ def logged(events, name, method):
     return call
 
 
-def events_of(rank):
-    """What the middle one of three ranks does, forward and backward."""
-    manager = initialize_domain_parallel(3, 3)
-    manager.declare(EVEN)
-    net = convert_to_domain_parallel(chain(1), manager)
-    x = torch.randn(1, 4, 8, 6, requires_grad=True)
+def events(net, x):
+    """What a step does, forward and backward."""
     found = []
     with (
         mock.patch.object(ops, "start", logged(found, "send", ops.start)),
@@ -198,10 +194,23 @@ def events_of(rank):
     return forward, found
 
 
-def test_own_rows_are_computed_while_others_travel():
-    forward, backward = run_processes(events_of, 3)[1]
-    assert forward == ["send", "convolve", "wait", "convolve", "convolve"]  # own rows, then both borders
-    assert backward == ["gradients", "gradients", "send", "gradients", "wait"]
+def events_of(rank, compiled):
+    """What the middle one of three ranks does in a chain of two convolutions."""
+    manager = initialize_domain_parallel(3, 3)
+    manager.declare(EVEN)
+    net = convert_to_domain_parallel(chain(2), manager)
+    x = torch.randn(1, 4, 8, 6, requires_grad=True)
+    if compiled:
+        net = torch.compile(net, backend="aot_eager", fullgraph=True)
+        net(x).sum().backward()
+    return events(net, x)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_own_rows_are_computed_while_others_travel(compiled):
+    forward, backward = run_processes(events_of, 3, compiled, timeout=120)[1]
+    assert forward == ["send", "convolve", "wait", "convolve", "convolve"] * 2  # own rows, then both borders
+    assert backward == ["gradients", "gradients", "send", "gradients", "wait"] * 2
 
 
 def traffic_of(rank, needs_input):
@@ -401,34 +410,6 @@ def compiled_like_eager(rank, backend):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_convolutions(backend):
     run_processes(compiled_like_eager, 3, backend, timeout=290)
-
-
-def compiled_events(rank):
-    """As events_of, in compiled code."""
-    manager = initialize_domain_parallel(3, 3)
-    manager.declare(EVEN)
-    net = torch.compile(convert_to_domain_parallel(chain(2), manager), backend="aot_eager", fullgraph=True)
-    x = torch.randn(1, 4, 8, 6, requires_grad=True)
-    net(x).sum().backward()
-    found = []
-    with (
-        mock.patch.object(ops, "start", logged(found, "send", ops.start)),
-        mock.patch.object(ops.InFlight, "wait", logged(found, "wait", ops.InFlight.wait)),
-        mock.patch.object(torch, "convolution", logged(found, "convolve", torch.convolution)),
-        mock.patch.object(overlap, "_gradients", logged(found, "gradients", overlap._gradients)),
-    ):
-        out = net(x)
-        forward = list(found)
-        found.clear()
-        out.backward(torch.ones_like(out))
-    return forward, found
-
-
-@pytest.mark.slow
-def test_compiled_code_computes_while_rows_travel():
-    forward, backward = run_processes(compiled_events, 3, timeout=120)[1]
-    assert forward == ["send", "convolve", "wait", "convolve", "convolve"] * 2
-    assert backward == ["gradients", "gradients", "send", "gradients", "wait"] * 2
 
 
 def test_operators_pass_torchs_own_check():

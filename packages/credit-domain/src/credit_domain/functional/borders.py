@@ -104,7 +104,7 @@ def borders_of_transposed(
 
 def _borders(footprint: Footprint, rank: int, geometry: _Geometry) -> Borders | None:
     source, zeros = footprint.source, footprint.edge.kind == "zeros"
-    found, needs, reach = [], [], []
+    found, needs = [], []
     offsets = zip(pairwise(source.offsets), pairwise(footprint.target.offsets), strict=True)
     for need, (inner, outer) in zip(footprint.needs, offsets, strict=True):
         rows, out = range(*inner), range(*outer)
@@ -113,7 +113,6 @@ def _borders(footprint: Footprint, rank: int, geometry: _Geometry) -> Borders | 
             return None
         halo: list[int] = []
         borders = []
-        counts = {True: 0, False: 0}
         for end, lacking, at_edge in (
             (local.above, range(need.start, rows.start), rows.start == 0),
             (local.below, range(rows.stop, need.stop), rows.stop == source.rows),
@@ -125,13 +124,17 @@ def _borders(footprint: Footprint, rank: int, geometry: _Geometry) -> Borders | 
             places = (len(halo), len(halo) + len(lacking)), (end.own.start, end.own.stop), (end.out.start, end.out.stop)
             borders.append(Border(*places, end.cut, end.taps, end.fill, end is local.above))
             halo += lacking
-            counts[end is local.above] = len(lacking)
         found.append((local, tuple(borders)))
         needs.append(tuple(halo))
-        reach.append((counts[True], counts[False]))
     local, mine = found[rank]
     plan = plan_rows(source, needs, rank=rank, edge=footprint.edge)
-    return Borders(plan.key, local.padding, local.extra, mine, tuple(reach), source, footprint.edge)
+    reach = tuple((_rows(borders, above=True), _rows(borders, above=False)) for _, borders in found)
+    return Borders(plan.key, local.padding, local.extra, mine, reach, source, footprint.edge)
+
+
+def _rows(borders: tuple[Border, ...], above: bool) -> int:
+    """How many rows of the halo lie above, or below, the own ones."""
+    return sum(border.halo[1] - border.halo[0] for border in borders if border.above == above)
 
 
 def _conv(kernel: int, stride: int, dilation: int, rows: range, need: range, out: range) -> _Local | None:

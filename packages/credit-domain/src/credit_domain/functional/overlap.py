@@ -56,7 +56,8 @@ class Overlapped(NamedTuple):
         label: What errors call this.
         own: How a rank's own rows are convolved.
         bare: How the rows of a border are: without padding along the sharded dim.
-        plain: What to differentiate where the gradient is to be differentiated again.
+        plain: What to differentiate where the gradient is to be differentiated again; None in compiled code, where it
+            is not.
         shared: What to bring for other layers too, if that is to be done.
     """
 
@@ -66,7 +67,7 @@ class Overlapped(NamedTuple):
     label: str
     own: Shape
     bare: Shape
-    plain: Plain
+    plain: Plain | None
     shared: Shared | None
 
     @property
@@ -302,8 +303,9 @@ def _border_backward(
 
 
 def _differentiable_backward(
-    plain: Plain, inputs: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, ...], grad: Tensor
+    plain: Plain | None, inputs: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
+    assert plain is not None
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed and tensor is not None]
     grads = iter(torch.autograd.grad(plain(*inputs), wanted, grad, create_graph=True))
     return *(next(grads) if needed else None for needed in needs[:3]), None, None

@@ -28,12 +28,8 @@ def name_of(borders: Borders, dim: int, domain: Domain, label: str, shape: Shape
     """The name of a convolution that overlaps, for :func:`convolve`; the same in every process that means the same."""
     own, bare = shape.along(dim, borders.padding, borders.extra), shape.along(dim, 0, 0)
     name = hashlib.sha1(repr((borders, dim, domain, label, shape)).encode(), usedforsecurity=False).hexdigest()
-    _named[name] = Overlapped(borders, dim, domain, label, own, bare, _never, None)
+    _named[name] = Overlapped(borders, dim, domain, label, own, bare, None, None)
     return name
-
-
-def _never(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    raise NotImplementedError("compiled code is differentiated once")
 
 
 @torch.library.custom_op("credit_domain::convolve", mutates_args=())
