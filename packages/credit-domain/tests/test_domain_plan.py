@@ -117,7 +117,7 @@ def test_bytes_are_those_that_are_sent(make, shape, monkeypatch):
 
     def rank_main(rank):
         manager = initialize_domain_parallel(3, 3)
-        twin = convert_to_domain_parallel(twins[rank], manager)
+        twin = convert_to_domain_parallel(twins[rank], manager, check=False)  # a trial sends rows too
         manager.declare(plan.partition)
         with torch.no_grad():
             twin(shard(torch.ones(shape), plan.partition, rank))

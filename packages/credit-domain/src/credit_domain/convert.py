@@ -73,6 +73,8 @@ class ConversionReport:
 
 @dataclass
 class _Plan:
+    """What is to become of the modules, before any is changed."""
+
     replace: dict[int, Callable[[str], nn.Module]] = field(default_factory=dict)
     lines: list[ConvertedModule] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -86,15 +88,21 @@ def convert_to_domain_parallel(
     custom_converters: Mapping[Any, Converter] | None = None,
     *,
     local: Iterable[Any] = (),
-    input_shape: Sequence[int] | None = None,
+    input_shape: Any = None,
     window_sizes: Sequence[int] | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Convert a model, in place, so that it works on sharded rows with the numbers of one rank.
 
     Layers of torch.nn that mix rows are wrapped (:mod:`credit_domain.layers`); those that do not are left alone; any
-    that could and has no rule is refused before anything is changed. Parameters stay the same objects under the same
-    names. What the ``forward`` of your own modules does with rows (``F.pad``, ``torch.roll``, a mean over rows) cannot
-    be seen from outside: :func:`credit_domain.verification.verify_domain_parallel` finds it.
+    that could and has no rule is refused before anything is changed. Modules of the known families
+    (:mod:`credit_domain.adapters`) are converted as well. Parameters stay the same objects under the same names.
+
+    What the ``forward`` of your own modules does with rows (``F.pad``, ``torch.roll``, a mean over rows) cannot be seen
+    from outside. A model with such modules is therefore tried once (:mod:`credit_domain.verification.trial`): a copy
+    with random weights runs whole and sharded on a few random rows, and the first module that gives other numbers is
+    refused by name. The trial takes place here if the shape of the input is given or can be guessed, else at the first
+    call of the model. It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.
 
     Args:
         model: The model. Modules that are used in several places stay shared.
@@ -104,23 +112,29 @@ def convert_to_domain_parallel(
             they have an entry), a class path (``"package.module.Class"``) or a predicate on the module to a function
             that takes the module and returns its replacement (see ``Converter``). They come before all rules, and
             children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.base.Adapter`.
+            They also come before the known families.
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.
-        input_shape: Global shape of the model's input, for models whose total stride cannot be seen otherwise; see
+        input_shape: Global shape of the model's input, or its arguments (a tuple or a dict of shapes, tensors and other
+            values), for the trial and for models whose total stride cannot be seen otherwise; see
             :func:`credit_domain.stride.granularity_of`. A granularity that the manager has already is kept: the
             boundaries become multiples of both.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
+        check: False skips the trial. Code of your own that mixes rows then trains on wrong numbers without an error,
+            unless you have verified the model yourself.
 
     Returns:
         The model; the replacement, where the model itself is a layer that is converted.
 
     Raises:
         ValueError: If modules are refused: all of them, by name, with what to do. If ``shard_dim`` is no spatial dim,
-            or the declared partition does not fit the model's total stride. Nothing is changed then.
+            or the declared partition does not fit the model's total stride. If the trial finds a module whose numbers
+            differ, on all domain ranks alike. Nothing is changed then.
 
     Collectives:
-        None. The converted model carries its manager (``_domain_parallel_manager``) and a :class:`ConversionReport`
-        (``_domain_parallel_report``), which is logged at INFO.
+        Those of the trial, in which every domain rank takes part; none without it. The converted model carries its
+        manager (``_domain_parallel_manager``) and a :class:`ConversionReport` (``_domain_parallel_report``), which is
+        logged at INFO.
     """
     if manager is None or not isinstance(getattr(manager, "domain_parallel_size", None), int):
         raise ValueError(f"manager must have a domain_parallel_size, as a DomainParallelManager has; got {manager!r}")
@@ -133,14 +147,34 @@ def convert_to_domain_parallel(
     plan = _plan(model, shard_dim, dict(custom_converters or {}), _Matcher(local))
     if plan.refused:
         raise ValueError(_refusal(plan.refused))
-    free = free_windows(model, custom_converters)
+    free = free_windows(model, custom_converters, shard_dim)
     granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
     made = {key: make(plan.names[key]) for key, make in plan.replace.items()}  # any of which may still refuse
+    before = getattr(manager, "granularity", 1)
     if hasattr(manager, "granularity"):
         granularity = _set_granularity(manager, granularity)
+    report = ConversionReport(tuple(plan.lines), granularity)
+    trial = _trial_of(model, manager, shard_dim, report) if check else None
+    originals = {id(made[id(module)]): module for module in model.modules() if id(module) in made}
     model = _apply(model, made)
     _settle(model, manager)
-    return _finish(model, manager, ConversionReport(tuple(plan.lines), granularity))
+    if trial is not None:
+        try:
+            trial.begin(model, input_shape)
+        except BaseException:
+            _apply(model, originals)
+            manager.granularity = before
+            raise
+    return _finish(model, manager, report)
+
+
+def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: ConversionReport) -> Any:
+    """The trial of a model with code of its own; None where there is nothing to try, or are no ranks to try it on."""
+    from credit_domain.verification.trial import Trial  # which converts models itself
+
+    if not report.of("own code") or not isinstance(manager, DomainParallelManager):
+        return None
+    return Trial.of(model, manager, shard_dim, {line.name: line.reason for line in report.modules})
 
 
 def _negative(shard_dim: int) -> int:
@@ -178,32 +212,67 @@ def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+class _Chooser:
+    """Which converter is for a module: the caller's own come first, then the known families."""
+
+    def __init__(self, custom: Mapping[Any, Converter], shard_dim: int) -> None:
+        from credit_domain.adapters.registry import known_converters  # whose families are made of what is here
+
+        self._shard_dim = shard_dim
+        self._custom, self._known = dict(custom), dict(known_converters())
+        self._custom_key, self._known_key = _Matcher(self._custom), _Matcher(self._known)
+        self.mistaken: dict[int, str] = {}
+
+    def __call__(
+        self, name: str, module: nn.Module, known: bool = True
+    ) -> tuple[Converter, Callable[[str], nn.Module], str] | None:
+        """The converter, what makes the replacement, and why; None if the rules are to decide."""
+        kind = type(module).__name__
+        key = self._custom_key(name, module)
+        if key is not None:
+            converter = self._custom[key]
+            make = functools.partial(_call, converter, module, self._shard_dim)
+            return converter, lambda label: make(label or kind), "by a custom converter"
+        key = self._known_key(name, module) if known else None
+        if key is None or isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
+            return None
+        family: Any = self._known[key]
+        try:
+            made = _call(family, module, self._shard_dim, name or kind)
+        except ValueError as error:  # it has the parts of the family and does something else
+            self.mistaken[id(module)] = f"not converted as {family.name}: {error}"
+            logger.info("%s (%s): %s", name or "(model)", kind, self.mistaken[id(module)])
+            return None
+        return family, lambda label: made, f"as {family.name}"
+
+
 def _plan(model: nn.Module, shard_dim: int, custom: dict[Any, Converter], local: _Matcher) -> _Plan:
-    plan, matches = _Plan(), _Matcher(custom)
+    plan, choose = _Plan(), _Chooser(custom, shard_dim)
 
     def visit(name: str, module: nn.Module) -> None:
         if id(module) in plan.names:
             return
         plan.names[id(module)] = name
         kind = type(module).__name__
-        key = matches(name, module)
-        if key is not None:
-            converter = custom[key]
-            plan.replace[id(module)] = lambda label: _call(converter, module, shard_dim, label or kind)
-            plan.lines.append(ConvertedModule(name, kind, "converted", "by a custom converter"))
+        declared_local = local(name, module) is not None
+        chosen = choose(name, module, known=not declared_local)
+        if chosen is not None:
+            converter, plan.replace[id(module)], reason = chosen
+            plan.lines.append(ConvertedModule(name, kind, "converted", reason))
             if _visits_children(converter):
                 visit_children(name, module)
             return
-        if local(name, module) is not None:
+        if declared_local:
             plan.lines.append(ConvertedModule(name, kind, "local", "declared local"))
             return
         if isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
             plan.lines.append(ConvertedModule(name, kind, "converted", "was domain-parallel already"))
             return
         decision = decide(module, shard_dim)
-        plan.lines.append(ConvertedModule(name, kind, decision.fate, decision.reason))
+        reason = "; ".join(filter(None, (decision.reason, choose.mistaken.get(id(module)))))
+        plan.lines.append(ConvertedModule(name, kind, decision.fate, reason))
         if decision.fate == "refused":
-            plan.refused.append(f"{name or '(the model itself)'} ({kind}): {decision.reason}")
+            plan.refused.append(f"{name or '(the model itself)'} ({kind}): {reason}")
             return
         if decision.wrap is not None:
             wrap = decision.wrap
@@ -248,25 +317,27 @@ def refusals(
     return _refusal(plan.refused) if plan.refused else ""
 
 
-def custom_matches(model: nn.Module, custom_converters: Mapping[Any, Converter], local: Iterable[Any]) -> list[str]:
-    """Names of the modules that a custom converter replaces, with their children, or that are declared local."""
-    matches, is_local = _Matcher(custom_converters), _Matcher(local)
-    names = []
+def custom_matches(
+    model: nn.Module, custom_converters: Mapping[Any, Converter] | None, local: Iterable[Any], shard_dim: int = -2
+) -> list[str]:
+    """Names of the modules that a converter replaces, with their children, or that are declared local."""
+    choose, is_local, names = _Chooser(custom_converters or {}, shard_dim), _Matcher(local), []
     for name, module in model.named_modules():
-        key = matches(name, module)
-        if not _visits_children(custom_converters[key]) if key is not None else is_local(name, module) is not None:
+        declared_local = is_local(name, module) is not None
+        chosen = choose(name, module, known=not declared_local)
+        if declared_local if chosen is None else not _visits_children(chosen[0]):
             names.append(name)
     return names
 
 
-def free_windows(model: nn.Module, custom_converters: Mapping[Any, Converter] | None) -> list[str]:
+def free_windows(model: nn.Module, custom_converters: Mapping[Any, Converter] | None, shard_dim: int = -2) -> list[str]:
     """Names of the modules whose windows may begin anywhere once they are converted."""
-    keys = [key for key, converter in (custom_converters or {}).items() if getattr(converter, "any_rows", False)]
-    return custom_matches(model, dict.fromkeys(keys, _unchanged), ())
-
-
-def _unchanged(module: nn.Module) -> nn.Module:
-    return module
+    choose, names = _Chooser(custom_converters or {}, shard_dim), []
+    for name, module in model.named_modules():
+        chosen = choose(name, module)
+        if chosen is not None and getattr(chosen[0], "any_rows", False):
+            names.append(name)
+    return names
 
 
 def _refusal(refused: Sequence[str]) -> str:

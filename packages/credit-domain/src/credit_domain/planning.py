@@ -132,11 +132,11 @@ def plan_domain_parallel(
     problems = refusals(model, shard_dim, custom_converters, local)
     if problems:
         raise ValueError(problems)
-    skipped = custom_matches(model, custom_converters or {}, local)
+    skipped = custom_matches(model, custom_converters, local, shard_dim)
     calls = trace(model, input_shape, lambda module: decide(module, shard_dim).wrap is not None)
     calls = [call for call in calls if not any(_within(call.name, name) for name in skipped)]
     if partition is None:
-        free = free_windows(model, custom_converters)
+        free = free_windows(model, custom_converters, shard_dim)
         granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
         partition = RowPartition.even(_global_rows(input_shape, shard_dim), ranks, granularity)
     at = {partition.rows: partition}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from credit_domain import layers
+from credit_domain.blocks.base import POINTWISE
 from credit_domain.functional.conv import padding_pairs, per_dim
 
 Fate = Literal["converted", "local", "refused", "own code"]
@@ -205,6 +206,7 @@ _LOCAL: dict[type[nn.Module], str] = {
     nn.Flatten: "reshapes",
     nn.Unflatten: "reshapes",
     nn.PixelShuffle: "each row becomes rows of the same rank",
+    **dict.fromkeys(POINTWISE, "acts on each point alone"),
 }
 
 _ATTENTION = "it attends over positions of all ranks; see credit_domain.blocks"

@@ -220,6 +220,21 @@ class DomainParallelManager:
         self._partition = partition
         return partition
 
+    @contextmanager
+    def declared(self, partition: RowPartition) -> Iterator[RowPartition]:
+        """Inside, this partition is the declared one; afterwards the one of before is, or none.
+
+        Every domain rank must enter and leave it alike.
+
+        Raises:
+            ValueError: As :meth:`declare`.
+        """
+        before = self._partition
+        try:
+            yield self.declare(partition)
+        finally:
+            self._partition = before
+
     # The end
 
     def destroy(self) -> None:

@@ -180,6 +180,10 @@ class _Watch(TorchFunctionMode):
         if func in _DROPOUT:
             self._note("dropout")
             return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention and (len(args) > 4 or kwargs.get("dropout_p")):
+            self._note("dropout")
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
         if func in _NOISE:
             self._note(func.__name__)
             return func(*args, **kwargs).fill_(FIXED_NOISE)
@@ -195,7 +199,8 @@ class _Watch(TorchFunctionMode):
 def without_dropout(model: nn.Module) -> list[str]:
     """Set the dropout of a model to 0; the names of the modules that had any."""
     names = []
-    for name, module in model.named_modules():
+    for name, layer in model.named_modules():
+        module = getattr(layer, "wrapped", layer)  # of a converted layer
         p: Any = getattr(module, "p", None)
         if "Dropout" in type(module).__name__ and isinstance(p, float) and p:
             module.p = 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,26 +14,11 @@ from credit_domain.sharding import shard_tensor
 from credit_domain.stride import granularity_of
 from credit_domain.trace import is_shape, plain_copy
 from credit_domain.verification.compare import compare, compare_whole, sharded_dim
-from credit_domain.verification.record import FIXED_NOISE, Event, Key, Recorder, tensors_in, without_dropout
-from credit_domain.verification.report import Difference, VerificationReport, seams_near
+from credit_domain.verification.events import Events, Run, unlike_shapes
+from credit_domain.verification.record import FIXED_NOISE, Recorder, tensors_in, without_dropout
+from credit_domain.verification.report import Difference, VerificationReport
 from credit_halo.testing import RankError, run_threads
 from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_parallel
-
-_OWN_CODE = (
-    "its forward does something with rows that a rank cannot do alone{calls}: use credit_domain.functional there, or "
-    "replace the module by a custom converter"
-)
-
-
-@dataclass
-class _Run:
-    """What one rank, or the whole, did."""
-
-    recorder: Recorder | None = None
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, Tensor | None] = field(default_factory=dict)
-    failed_in: str = ""
 
 
 def verify_domain_parallel(
@@ -98,15 +82,15 @@ def verify_domain_parallel(
     local = list(local)
     if convert is None and (refused := refusals(plain, shard_dim, custom_converters, local)):
         raise ValueError(refused)
-    granularity = _granularity(plain, arguments, shard_dim, free_windows(plain, custom_converters))
+    granularity = _granularity(plain, arguments, shard_dim, free_windows(plain, custom_converters, shard_dim))
 
     def converted(manager: DomainParallelManager) -> nn.Module:
         twin = plain_copy(plain)
         if convert is not None:
             return convert(twin, manager)
-        return convert_to_domain_parallel(twin, manager, shard_dim, custom_converters, local=local)
+        return convert_to_domain_parallel(twin, manager, shard_dim, custom_converters, local=local, check=False)
 
-    whole = _Run()
+    whole = Run()
     reference = plain_copy(plain)
     _forward(reference, _leaves(arguments), whole)
     assert whole.recorder is not None
@@ -117,7 +101,7 @@ def verify_domain_parallel(
     factors = _factors(whole.outputs, seed)
     _backward(reference, whole, factors)
 
-    runs = [_Run() for _ in range(ranks)]
+    runs = [Run() for _ in range(ranks)]
     shapes: dict[int, dict[str, tuple[int, ...]]] = {}
     divided: list[RowPartition] = []
 
@@ -203,7 +187,7 @@ def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: leaf(value) for name, value in arguments.items()}
 
 
-def _forward(model: nn.Module, arguments: dict[str, Any], run: _Run) -> None:
+def _forward(model: nn.Module, arguments: dict[str, Any], run: Run) -> None:
     run.recorder = Recorder(model)
     run.inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad}
     positional = [value for name, value in arguments.items() if name.isdigit()]
@@ -239,7 +223,7 @@ def _own_factors(
     return mine
 
 
-def _backward(model: nn.Module, run: _Run, factors: Mapping[str, Tensor]) -> None:
+def _backward(model: nn.Module, run: Run, factors: Mapping[str, Tensor]) -> None:
     terms = [(out * factors[path]).sum() for path, out in run.outputs.items() if out.requires_grad]
     if terms:
         total = sum(terms[1:], terms[0])
@@ -251,8 +235,8 @@ def _backward(model: nn.Module, run: _Run, factors: Mapping[str, Tensor]) -> Non
 
 
 def _report(
-    whole: _Run,
-    runs: list[_Run],
+    whole: Run,
+    runs: list[Run],
     error: RankError | None,
     partition: RowPartition | None,
     shard_dim: int,
@@ -272,7 +256,7 @@ def _report(
             notes=tuple(notes),
         )
 
-    comparison = _Events(whole, runs, shard_dim, tolerance)
+    comparison = Events(whole, runs, shard_dim, tolerance)
     if error is not None:
         return report(comparison.first_difference() or _failure(whole, runs, error, comparison))
     outputs = {}
@@ -285,7 +269,7 @@ def _report(
         except LookupError:
             outputs[path] = float("nan")
     if any(not value <= tolerance for value in outputs.values()):
-        return report(comparison.first_difference() or _shapes(whole, runs), outputs=outputs)
+        return report(comparison.first_difference() or unlike_shapes(whole, runs), outputs=outputs)
 
     inputs = {}
     for name, value in whole.inputs.items():
@@ -309,103 +293,7 @@ def _report(
     return report(difference, outputs=outputs, input_gradients=inputs, parameter_gradients=parameters)
 
 
-class _Events:
-    """The events of all runs, side by side."""
-
-    def __init__(self, whole: _Run, runs: list[_Run], shard_dim: int, tolerance: float) -> None:
-        assert whole.recorder is not None
-        self.kinds = whole.recorder.kinds
-        recorders = [run.recorder for run in runs if run.recorder is not None]
-        by_key: list[dict[Key, Event]] = [{event.key: event for event in recorder.events} for recorder in recorders]
-        self.pairs = [
-            (event, [events[event.key] for events in by_key])
-            for event in whole.recorder.events
-            if by_key
-            and all(event.key in events for events in by_key)
-            and not event.key[1].startswith(recorders[0].elsewhere)
-        ]
-        self.shard_dim, self.tolerance = shard_dim, tolerance
-
-    def first_difference(self) -> Difference | None:
-        """The first event, in the order of execution, whose tensors differ."""
-        before = ""
-        for event, others in self.pairs:
-            for path, tensor in event.tensors.items():
-                bad = self._differs(tensor, [other.tensors.get(path) for other in others])
-                if bad is not None:
-                    return self._forward_difference(event, bad, before)
-            if event.key[0] == "exit":
-                before = event.key[1]
-        return None
-
-    def _differs(self, whole: Tensor, parts: list[Tensor | None]) -> Any:
-        if any(part is None for part in parts):
-            return None
-        try:
-            found = compare(whole, [part for part in parts if part is not None], self.shard_dim, self.tolerance)
-        except LookupError:
-            return None  # cut into windows or tokens in a way of their own: the modules after it tell
-        if found.dim == -whole.ndim and found.dim != self.shard_dim:
-            return None  # shards of the batch: windows of several samples lie in another order
-        return None if found.error <= self.tolerance else found
-
-    def _forward_difference(self, event: Event, found: Any, before: str) -> Difference:
-        kind, name, _ = event.key
-        seams = seams_near(found.rows, found.sizes) if found.sizes else ()
-        whole = next(iter(event.tensors.values()))
-        held = f" (of {whole.shape[self.shard_dim]} rows the ranks have {', '.join(map(str, found.sizes))})"
-        held = held if found.error == float("inf") else ""
-        common = {"error": found.error, "rows": found.rows, "seams": seams}
-        calls = f" ({', '.join(event.calls)})" if event.calls else ""
-        if kind == "enter":  # what the caller computed before it called
-            after = f" after {before}" if before and before != event.caller else ""
-            what = f"what it computes{after} and passes to {name} differs{held}"
-            return Difference(
-                "forward", event.caller, self._kind(event.caller), what, **common, advice=_OWN_CODE.format(calls=calls)
-            )
-        children = any(other.startswith(f"{name}." if name else "") and other != name for other in self.kinds)
-        what = f"its result differs{held}" + (f", though that of {before} does not" if children and before else "")
-        return Difference("forward", name, self._kind(name), what, **common, advice=_OWN_CODE.format(calls=calls))
-
-    def first_backward_difference(self, parameters: Mapping[str, float]) -> Difference:
-        """The first event, in the order of backward, whose gradients differ."""
-        after = ""
-        for event, others in reversed(self.pairs):
-            kind, name, _ = event.key
-            for path, grad in event.gradients.items():
-                bad = self._differs(grad, [other.gradients.get(path) for other in others])
-                if bad is None:
-                    continue
-                where = name if kind == "enter" else event.caller
-                what = (
-                    "its result is right, and the gradient of its input differs"
-                    if kind == "enter"
-                    else f"the gradient that its forward passes back to {name} differs"
-                    + (f", though that of {after} does not" if after and after != where else "")
-                )
-                seams = seams_near(bad.rows, bad.sizes) if bad.sizes else ()
-                advice = (
-                    "something in its forward drops or miscounts a gradient (a plain torch.distributed reduction drops "
-                    "it): use the differentiable functions of credit_domain.functional"
-                )
-                return Difference("backward", where, self._kind(where), what, bad.error, bad.rows, seams, advice)
-            after = name
-        worst = max(parameters, key=lambda name: parameters[name], default="")
-        owner = worst.rpartition(".")[0]
-        return Difference(
-            "backward",
-            owner,
-            self._kind(owner),
-            f"the gradient of {worst} differs, though those of all activations agree",
-            parameters.get(worst, float("nan")),
-            advice="its forward uses the parameter for other rows than this rank's, or on all ranks alike",
-        )
-
-    def _kind(self, name: str) -> str:
-        return self.kinds.get(name, "?")
-
-
-def _failure(whole: _Run, runs: list[_Run], error: RankError, events: _Events) -> Difference:
+def _failure(whole: Run, runs: list[Run], error: RankError, events: Events) -> Difference:
     """Which module raised, on the rank that raised for a reason of its own."""
     own = {rank: e for rank, e in error.errors.items() if not _only_told(e)} or dict(error.errors)
     rank, raised = next(iter(sorted(own.items())), (0, error))
@@ -413,7 +301,7 @@ def _failure(whole: _Run, runs: list[_Run], error: RankError, events: _Events) -
     return Difference(
         "failed",
         name,
-        events._kind(name),
+        events.kind_of(name),
         f"raised on rank {rank}: {type(raised).__name__}: {raised}",
         advice="up to there all ranks agree with the whole: what its forward expects of shapes holds for the whole "
         "only, or rows of one height lie on different ranks (see granularity)",
@@ -424,17 +312,3 @@ def _only_told(error: BaseException) -> bool:
     """Whether a rank failed because another one did."""
     text = str(error)
     return isinstance(error, SystemExit) or ("failed" in text and "rank" in text) or "timed out" in text
-
-
-def _shapes(whole: _Run, runs: list[_Run]) -> Difference:
-    listed = "; ".join(
-        f"{path}: {tuple(out.shape)} whole, {[tuple(run.outputs[path].shape) for run in runs if path in run.outputs]}"
-        for path, out in whole.outputs.items()
-    )
-    return Difference(
-        "forward",
-        "",
-        "model",
-        f"the outputs of the ranks are no shards of that of the whole ({listed})",
-        advice="something sets the number of rows from that of the whole, or of one rank",
-    )

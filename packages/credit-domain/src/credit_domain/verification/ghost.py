@@ -1,0 +1,110 @@
+"""A copy of a model without its weights, which can be made into a model with random ones at any time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ghost:
+    """A copy of a model whose parameters are on the meta device; buffers are kept, for masks and tables are in them.
+
+    Attributes:
+        model: The copy.
+        names: Name of each parameter of the plain model, by identity.
+        order: For each parameter that the modules of the copy hold, in order, the name in the plain model; None for
+            one that the plain model does not have.
+    """
+
+    model: nn.Module
+    names: dict[int, str]
+    order: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, like: Ghost | None = None) -> Ghost:
+        """The ghost of a model; of a converted one, ``like`` is the ghost of the plain one.
+
+        Raises:
+            ValueError: If it has buffers without values.
+            TypeError, RuntimeError: If it cannot be copied.
+        """
+        if any(buffer.is_meta for buffer in model.buffers()):
+            raise ValueError("its buffers are on the meta device")
+        names = {id(p): name for name, p in model.named_parameters()} if like is None else like.names
+        memo: dict[int, Any] = {}
+        for part in model.modules():
+            for value in vars(part).values():  # hooks compute these from parameters, and will again
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
+        for parameter in model.parameters():
+            if id(parameter) in names:
+                ghost = torch.empty_like(parameter, device="meta")
+                memo[id(parameter)] = nn.Parameter(ghost, requires_grad=parameter.requires_grad)
+        order = tuple(names.get(id(p)) for part in model.modules() for p in part._parameters.values() if p is not None)
+        return cls(copy.deepcopy(model, memo), names, order)
+
+    @property
+    def size(self) -> int:
+        """Number of values in all parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def made(self, dtype: torch.dtype, device: torch.device, weights: dict[str, nn.Parameter]) -> nn.Module:
+        """A model with random weights, without dropout.
+
+        Args:
+            dtype: Of floating-point parameters and buffers; complex ones become complex numbers of two of these.
+            device: Where it is.
+            weights: The weights by their names in the plain model. Those that are missing are drawn and added, so that
+                the ghosts of the plain and of the converted model share them.
+        """
+        from credit_domain.verification.record import without_dropout
+
+        complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+        def wanted(x: Tensor) -> torch.dtype:
+            return complex_dtype if x.is_complex() else dtype if x.is_floating_point() else x.dtype
+
+        model, names = copy.deepcopy(self.model), iter(self.order)
+        own: dict[int, nn.Parameter] = {}
+        for part in model.modules():
+            for key, parameter in part._parameters.items():
+                if parameter is None:
+                    continue
+                name = next(names)
+                if name is None:  # a converter made it
+                    value = parameter.detach().to(device, wanted(parameter))
+                    made = own.setdefault(id(parameter), nn.Parameter(value, parameter.requires_grad))
+                else:
+                    if name not in weights:
+                        value = _random(parameter, name, wanted(parameter)).to(device)
+                        weights[name] = nn.Parameter(value, parameter.requires_grad)
+                    made = weights[name]
+                part._parameters[key] = made
+            for key, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[key] = buffer.to(device, wanted(buffer))
+        without_dropout(model)
+        return model
+
+    def restore(self, model: nn.Module) -> None:
+        """Give a model that was made of this ghost its first buffers again."""
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            theirs.data.copy_(mine)
+
+
+def _random(like: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Weights of such a size that a layer keeps the scale of its input; scales near 1, biases near 0."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.ones(like.shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    values = torch.randn(like.shape, dtype=dtype, generator=generator)
+    if like.ndim < 2:
+        return 0.1 * values if name.endswith("bias") else 1 + 0.1 * values
+    return values / math.sqrt(max(1, math.prod(like.shape[1:])))
