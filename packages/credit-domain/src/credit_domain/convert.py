@@ -101,8 +101,8 @@ def convert_to_domain_parallel(
     What the ``forward`` of your own modules does with rows (``F.pad``, ``torch.roll``, a mean over rows) cannot be seen
     from outside. A model with such modules is therefore tried once (:mod:`credit_domain.verification.trial`): a copy
     with random weights runs whole and sharded on a few random rows, and the first module that gives other numbers is
-    refused by name. The trial takes place here if the shape of the input is given or can be guessed, else at the first
-    call of the model. It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.
+    refused by name. The trial takes place here if the shape of the input is given, else at the first call of the model.
+    It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.
 
     Args:
         model: The model. Modules that are used in several places stay shared.

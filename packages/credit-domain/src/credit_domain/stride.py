@@ -94,7 +94,7 @@ def granularity_of(
         ValueError: If the model cannot be run with ``input_shape``.
     """
     levels: list[Level] | None = None
-    for shape in [input_shape] if input_shape is not None else plausible_shapes(model):
+    for shape in [input_shape] if input_shape is not None else _plausible_shapes(model):
         try:
             levels = levels_of(model, shape, shard_dim, window_sizes, free)
             break
@@ -180,7 +180,7 @@ def _declared_window(module: nn.Module) -> int:
     return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 0
 
 
-def plausible_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+def _plausible_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes that the first layer would take."""
     first: Any = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if first is None:

@@ -44,7 +44,10 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
     Raises:
         ValueError: If the model cannot be run for its shapes, with what it said.
     """
-    ghost = meta_copy(model)
+    try:
+        ghost = meta_copy(model)
+    except Exception as error:  # a copy is made by the model's own code
+        raise ValueError(f"{type(model).__name__} could not be copied: {type(error).__name__}: {error}") from error
     args, kwargs = _arguments(inputs, ghost)
     calls: list[LayerCall] = []
     running: list[str] = []

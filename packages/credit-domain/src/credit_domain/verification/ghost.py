@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.verification.record import without_dropout
+
 
 @dataclass(frozen=True)
 class Ghost:
@@ -64,8 +67,6 @@ class Ghost:
             weights: The weights by their names in the plain model. Those that are missing are drawn and added, so that
                 the ghosts of the plain and of the converted model share them.
         """
-        from credit_domain.verification.record import without_dropout
-
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
 
         def wanted(x: Tensor) -> torch.dtype:
@@ -93,10 +94,27 @@ class Ghost:
         without_dropout(model)
         return model
 
+    def follow(self, model: nn.Module) -> None:
+        """Take over the mode and the switches (flags, numbers, texts) that the modules of the real model have now."""
+        mine = dict(self.model.named_modules())
+        for name, theirs in model.named_modules():
+            part = mine.get(name.replace("_checkpoint_wrapped_module.", ""))
+            if part is None:
+                continue
+            part.training = theirs.training
+            switches = vars(_inner(theirs)).items()
+            _inner(part).__dict__.update({k: v for k, v in switches if isinstance(v, (bool, int, float, str))})
+
     def restore(self, model: nn.Module) -> None:
         """Give a model that was made of this ghost its first buffers again."""
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             theirs.data.copy_(mine)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The module that a converted layer wraps; any other module itself."""
+    inner: nn.Module = module.wrapped if isinstance(module, DomainParallelLayer) else module
+    return inner
 
 
 def _random(like: Tensor, name: str, dtype: torch.dtype) -> Tensor:

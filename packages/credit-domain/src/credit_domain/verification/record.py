@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from credit_domain.layers.base import DomainParallelLayer
+
 Key = tuple[str, str, int]
 """``enter`` or ``exit``, the qualified name of a module, and which of its calls it is."""
 
@@ -200,7 +202,7 @@ def without_dropout(model: nn.Module) -> list[str]:
     """Set the dropout of a model to 0; the names of the modules that had any."""
     names = []
     for name, layer in model.named_modules():
-        module = getattr(layer, "wrapped", layer)  # of a converted layer
+        module = layer.wrapped if isinstance(layer, DomainParallelLayer) else layer
         p: Any = getattr(module, "p", None)
         if "Dropout" in type(module).__name__ and isinstance(p, float) and p:
             module.p = 0.0

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from credit_domain.stride import plausible_shapes
-from credit_domain.trace import is_shape, trace
+from credit_domain.trace import is_shape
 from credit_domain.verification.compare import compare_whole, sharded_dim
 from credit_domain.verification.events import Events, Run, unlike_shapes
 from credit_domain.verification.ghost import Ghost
@@ -70,19 +69,12 @@ class Trial:
         manager: The domain-parallel manager of the ranks.
         shard_dim: The sharded dim, negative.
         reasons: Why each module was converted, or was not, by name.
-        guess: A shape that the plain model takes; None where none is known.
     """
 
     def __init__(
-        self,
-        plain: Ghost,
-        manager: DomainParallelManager,
-        shard_dim: int,
-        reasons: Mapping[str, str],
-        guess: tuple[int, ...] | None,
+        self, plain: Ghost, manager: DomainParallelManager, shard_dim: int, reasons: Mapping[str, str]
     ) -> None:
         self._plain, self._manager, self._shard_dim, self._reasons = plain, manager, shard_dim, reasons
-        self._guess = guess
         self._sharded: Ghost | None = None
         self._other = -1 if shard_dim != -1 else -2
         self._kind = type(plain.model).__name__
@@ -95,13 +87,13 @@ class Trial:
         if dist.get_backend(manager.domain_group) == "fake":
             return None  # no message arrives
         try:
-            return cls(Ghost.of(model), manager, shard_dim, reasons, _guess(model))
+            return cls(Ghost.of(model), manager, shard_dim, reasons)
         except (TypeError, RuntimeError, ValueError, AttributeError) as error:
             _warn(type(model).__name__, f"it cannot be copied ({type(error).__name__}: {_line(error)})")
             return None
 
     def begin(self, converted: nn.Module, inputs: Any = None) -> None:
-        """Try the model now if its inputs are known or can be guessed, else at its first call.
+        """Try the model now if its inputs are known, else at its first call.
 
         Args:
             converted: The converted model.
@@ -114,14 +106,10 @@ class Trial:
             Those of the converted model, and small gathers.
         """
         self._sharded = Ghost.of(converted, like=self._plain)
-        known = self._guess if inputs is None else inputs
-        if known is not None:
-            problem = self._attempt(*self._given(known), torch.device("cpu"))
-            if problem and inputs is not None:
-                _warn(self._kind, problem)
-            if not problem or inputs is not None:
-                return
-        _FirstCall(self, converted)
+        if inputs is None:
+            _FirstCall(self, converted)
+        elif problem := self._attempt(*self._given(inputs), torch.device("cpu")):
+            _warn(self._kind, problem)
 
     # Inputs
 
@@ -146,12 +134,15 @@ class Trial:
 
         return tuple(map(mark, args)), {name: mark(value) for name, value in kwargs.items()}, rows
 
-    def at_call(self, args: Any, kwargs: Any) -> None:
-        """Try the model with the arguments of its first call.
+    def at_call(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Try the model with the arguments, and in the mode, of its first call.
 
         Raises:
             ValueError: On all domain ranks alike, if a module gives other numbers; it is named.
         """
+        assert self._sharded is not None
+        for ghost in (self._plain, self._sharded):
+            ghost.follow(model)
         tensors = [value for _, value in tensors_in({"args": args, "kwargs": kwargs})]
         own = next((t.shape[self._shard_dim] for t in tensors if t.ndim >= 3 and not _is_whole(t)), 0)
         rows = sum(self._told(own))
@@ -210,7 +201,9 @@ class Trial:
         problem, begun = f"its inputs of {rows} rows are large, and it takes no others", time.perf_counter()
         devices = [device] if device.type == "cuda" else []
         autocast = torch.autocast(device.type, enabled=False)
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), autocast:
+        # A checkpoint around the first call must not count what is saved for the backward of the trial.
+        hidden = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), autocast, hidden:
             for how in self._tries(args, kwargs, rows):
                 given = self._fill((args, kwargs), how, device)
                 whole = _Numbers(given, lambda how=how: models.plain(how.dtype))  # type: ignore[misc]
@@ -349,7 +342,7 @@ class _FirstCall:
         if torch.compiler.is_compiling():
             _say_unchecked(self._trial._kind)
             return
-        self._trial.at_call(args, kwargs)
+        self._trial.at_call(module, args, kwargs)
         self._handle.remove()  # not where it was refused: it would be again
 
 
@@ -492,17 +485,6 @@ def _projection(grad: Tensor) -> tuple[complex, float]:
     generator = torch.Generator().manual_seed(4)
     factor = torch.randn(grad.shape, dtype=torch.float32, generator=generator)
     return complex((grad.cpu() * factor).sum()), float(torch.linalg.vector_norm(grad))
-
-
-def _guess(model: nn.Module) -> tuple[int, ...] | None:
-    """A shape with which the model runs, if its first layer tells one."""
-    for shape in plausible_shapes(model):
-        try:
-            trace(model, shape, lambda module: False)
-        except ValueError:
-            continue
-        return shape
-    return None
 
 
 def _dtype_for(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype:

@@ -1,0 +1,350 @@
+"""A converted model is tried before it trains: what its own code does with rows is exact, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from domain_models import Block, PeriodicResidualNet, UNet
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import credit_domain.functional as CF
+from credit_domain import convert_to_domain_parallel, initialize_domain_parallel, shard_tensor
+from credit_halo.testing import RankError, run_threads
+
+ROWS, COLUMNS = 24, 8
+
+
+class Attention(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        q, k, v = (t.flatten(2).transpose(1, 2) for t in self.qkv(x).chunk(3, 1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class ZeroAttention(Attention):
+    """As at the start of a training: its result is multiplied by zero."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+
+class PoolByHand(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.gate = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate(x.mean((-2, -1))))[:, :, None, None]
+
+
+class AsymmetricPad(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class ResizeToTheGrid(nn.Module):
+    def forward(self, x):
+        return F.interpolate(x, size=(ROWS, COLUMNS), mode="bilinear")
+
+
+class Rolled(nn.Module):
+    def forward(self, x):
+        return torch.roll(x, 3, -2)
+
+
+class Table(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, channels, ROWS, COLUMNS))
+
+    def forward(self, x):
+        return x + F.interpolate(self.table, size=x.shape[-2:], mode="bilinear")
+
+
+FAULTS = [Attention, ZeroAttention, PoolByHand, AsymmetricPad, ResizeToTheGrid, Rolled, Table]
+
+
+class Net(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 4, 3, padding=1), middle, nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+def whole_input(channels=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, channels, ROWS, COLUMNS, generator=generator)
+
+
+def convert_and_call(model, ranks, x, call=True, **settings):
+    """What each rank gets from the converted model."""
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(ranks, ranks)
+        twin = convert_to_domain_parallel(copy.deepcopy(model), manager, **settings)
+        return twin(shard_tensor(x, -2, manager)).detach() if call else None
+
+    return run_threads(rank_main, ranks)
+
+
+def refusals(error):
+    return {str(each) for each in error.value.errors.values() if isinstance(each, ValueError)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("make", FAULTS)
+def test_what_mixes_rows_in_a_forward_is_refused_by_name(make, ranks):
+    """At its first call, on every rank alike, in single precision, with the weights of a fresh model."""
+    with pytest.raises(RankError) as error:
+        convert_and_call(Net(make()), ranks, whole_input())
+    (message,) = refusals(error)
+    assert f"middle ({make.__name__})" in message
+    assert "check=False" in message
+
+
+@pytest.mark.parametrize("make", FAULTS)
+def test_with_a_shape_it_is_refused_when_it_is_converted_and_stays_as_it_was(make):
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        model = Net(make())
+        before = [type(part) for part in model.modules()]
+        with pytest.raises(ValueError, match=r"middle \("):
+            convert_to_domain_parallel(model, manager, input_shape=(1, 3, ROWS, COLUMNS))
+        assert [type(part) for part in model.modules()] == before
+        assert not hasattr(model, "_domain_parallel_report")
+        assert manager.partition is None
+        assert manager.granularity == 1
+
+    run_threads(rank_main, 2)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("make", "channels"), [(lambda: Net(Block(4, 4)), 3), (UNet, 3), (PeriodicResidualNet, 3)])
+def test_what_is_right_passes_and_nothing_of_it_changes(make, channels, given):
+    """Neither weights, nor buffers, nor gradients, nor the generator of random numbers."""
+    torch.manual_seed(0)
+    model, x = make(), whole_input(channels)
+    settings = {"input_shape": tuple(x.shape)} if given else {}
+    expected = model(x).detach()
+    parts = convert_and_call(model, 2, x, **settings)
+    assert torch.allclose(torch.cat(parts, -2), expected, atol=1e-5)
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        twin = convert_to_domain_parallel(copy.deepcopy(model), manager, **settings)
+        manager.declare(ROWS)
+        before = {name: value.clone() for name, value in twin.state_dict().items()}
+        twin.eval()
+        with torch.no_grad():
+            twin(shard_tensor(x, -2, manager))
+        assert manager.partition.rows == ROWS
+        assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+        assert all(p.grad is None for p in twin.parameters())
+
+    run_threads(rank_main, 2)
+
+
+def test_the_trial_is_made_once(caplog):
+    x = whole_input()
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        twin = convert_to_domain_parallel(Net(Block(4, 4)), manager)
+        for _ in range(3):
+            twin(shard_tensor(x, -2, manager))
+
+    with caplog.at_level(logging.INFO, "credit_domain"):
+        run_threads(rank_main, 2)
+    assert sum("gives the numbers of one rank" in record.message for record in caplog.records) == 2  # once a rank
+
+
+def test_a_refused_model_is_refused_again():
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        twin = convert_to_domain_parallel(Net(PoolByHand()), manager)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"middle \(PoolByHand\)"):
+                twin(shard_tensor(whole_input(), -2, manager))
+
+    run_threads(rank_main, 2)
+
+
+def test_it_can_be_switched_off():
+    parts = convert_and_call(Net(PoolByHand()), 2, whole_input(), check=False)
+    assert [part.shape[-2] for part in parts] == [12, 12]
+
+
+def test_layers_of_torch_alone_need_no_trial(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.GELU())
+    with caplog.at_level(logging.INFO, "credit_domain"):
+        convert_and_call(model, 2, whole_input())
+    assert not any("tried" in record.message for record in caplog.records)
+
+
+class Counted(nn.Module):
+    """Attention outside of torch's layers, with the sharded function where there are ranks."""
+
+    def forward(self, x):
+        return x - CF.mean(x, (-2, -1), keepdim=True)
+
+
+def test_functions_of_the_package_are_right():
+    x = whole_input()
+    expected = None
+    model = Net(Counted())
+    expected = model(x).detach()
+    assert torch.allclose(torch.cat(convert_and_call(model, 3, x), -2), expected, atol=1e-5)
+
+
+class Forced(nn.Module):
+    """Several inputs, nested, one of them without rows."""
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.conv, self.time, self.wrong = nn.Conv2d(5, 4, 3, padding=1), nn.Linear(7, 4), wrong
+
+    def forward(self, fields, *, when):
+        x = torch.cat([fields["x"], fields["forcing"][0]], 1)
+        y = self.conv(x) + self.time(when)[:, :, None, None]
+        return {"y": y - y.mean((-2, -1), keepdim=True)} if self.wrong else {"y": y}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_several_inputs(wrong):
+    def rank_main(rank):
+        manager = initialize_domain_parallel(3, 3)
+        twin = convert_to_domain_parallel(Forced(wrong), manager)
+        x, forcing = whole_input(), whole_input(2)
+        fields = {"x": shard_tensor(x, -2, manager), "forcing": [shard_tensor(forcing, -2, manager)]}
+        if not wrong:
+            assert twin(fields, when=torch.ones(2, 7))["y"].shape == (2, 4, 8, COLUMNS)
+            return
+        with pytest.raises(ValueError, match=r"the model itself \(Forced\)"):
+            twin(fields, when=torch.ones(2, 7))
+
+    run_threads(rank_main, 3)
+
+
+class OfItsGrid(nn.Module):
+    """Takes no other height than its own, of all rows."""
+
+    def __init__(self, wrong=False):
+        super().__init__()
+        self.conv, self.wrong = nn.Conv2d(3, 3, 3, padding=1), wrong
+        self.register_buffer("lat", torch.linspace(-1, 1, ROWS, dtype=torch.float64))
+
+    def forward(self, x):
+        manager = getattr(self, "_domain_parallel_manager", None)
+        lat = self.lat.to(x)
+        if manager is not None and x.shape[-2] != ROWS and not self.wrong:
+            own = manager.partition.interval(manager.domain_rank)
+            lat = lat[own.start : own.stop]
+        if self.wrong:
+            lat = lat[: x.shape[-2]]
+        return self.conv(x) * lat[:, None]
+
+
+def test_a_model_of_one_height_is_tried_at_that_height():
+    with pytest.raises(RankError) as error:
+        convert_and_call(OfItsGrid(wrong=True), 2, whole_input())
+    assert "OfItsGrid" in refusals(error).pop()
+
+
+class Switched(nn.Module):
+    """Pads by itself unless it is told that the whole was padded before."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.skip = nn.Conv2d(3, 3, (3, 1)), False
+
+    def forward(self, x):
+        return self.conv(x if self.skip else F.pad(x, (0, 0, 1, 1), mode="replicate"))
+
+
+def test_switches_are_those_of_the_first_call():
+    x = whole_input()
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        twin = convert_to_domain_parallel(Switched(), manager)
+        with pytest.raises(ValueError, match="Switched"):
+            twin(shard_tensor(x, -2, manager))
+        twin.skip = True
+        return twin(shard_tensor(x, -2, manager)).shape[-2]
+
+    assert sum(run_threads(rank_main, 2)) == ROWS - 2
+
+
+def test_it_holds_inside_a_checkpoint_and_without_gradients():
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        x = shard_tensor(whole_input(), -2, manager).requires_grad_()
+        twin = convert_to_domain_parallel(Net(Block(4, 4)), manager)
+        checkpoint(twin, x, use_reentrant=False).sum().backward()
+        assert x.grad is not None
+        twin = convert_to_domain_parallel(Net(PoolByHand()), manager)
+        with torch.inference_mode(), pytest.raises(ValueError, match="PoolByHand"):
+            twin(x.detach())
+
+    run_threads(rank_main, 2)
+
+
+class LostGradient(nn.Module):
+    """Its forward is right; its gradient is that of this rank's rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        mean = CF.mean(x, (-2, -1), keepdim=True)
+        return self.scale * (x - (mean.detach() if _sharded() else mean))
+
+
+def _sharded():
+    from credit_mesh import get_domain_parallel_manager
+
+    return get_domain_parallel_manager() is not None
+
+
+def test_a_lost_gradient_is_found():
+    with pytest.raises(RankError) as error:
+        convert_and_call(Net(LostGradient()), 3, whole_input())
+    assert "gradient" in refusals(error).pop()
+
+
+def test_a_model_that_cannot_be_copied_is_said(caplog):
+    class Uncopied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def __deepcopy__(self, memo):
+            raise TypeError("it holds a file")
+
+        def forward(self, x):
+            return self.conv(x)
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        convert_to_domain_parallel(Uncopied(), manager)
+
+    with caplog.at_level(logging.WARNING, "credit_domain"):
+        run_threads(rank_main, 2)
+    assert any("could not be tried" in r.message and "it holds a file" in r.message for r in caplog.records)
