@@ -105,9 +105,17 @@ def test_ranks_with_less_than_a_window(family, sizes):
     ],
 )
 def test_without_converters_they_are_not(make, shape, kind):
-    report = verify_domain_parallel(made(make), shape, 3)
+    def by_the_rules(model, manager):
+        return convert_to_domain_parallel(model, manager, known=False, check=False)
+
+    report = verify_domain_parallel(made(make), shape, 3, convert=by_the_rules)
     assert not report
     assert report.difference.kind == kind
+
+
+def test_known_families_need_not_be_passed():
+    assert verify_domain_parallel(made(CrossFormer), (1, 2, 144, 48), 3)
+    plan_domain_parallel(made(CrossFormer), (1, 2, 144, 48), 3)
 
 
 class GridBlocks(nn.Module):

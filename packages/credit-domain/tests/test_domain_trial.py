@@ -8,13 +8,13 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from domain_models import Block, PeriodicResidualNet, UNet
+from domain_models import Block, PeriodicConv2d, PeriodicResidualNet, UNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import credit_domain.functional as CF
 from credit_domain import convert_to_domain_parallel, initialize_domain_parallel, shard_tensor
-from credit_halo.testing import RankError, run_threads
+from credit_halo.testing import RankError, run_processes, run_threads
 
 ROWS, COLUMNS = 24, 8
 
@@ -348,3 +348,34 @@ def test_a_model_that_cannot_be_copied_is_said(caplog):
     with caplog.at_level(logging.WARNING, "credit_domain"):
         run_threads(rank_main, 2)
     assert any("could not be tried" in r.message and "it holds a file" in r.message for r in caplog.records)
+
+
+def compiled_shapes(rank, right, given):
+    manager = initialize_domain_parallel(2, 2)
+    x = shard_tensor(whole_input(), -2, manager)
+    settings = {"input_shape": (2, 3, ROWS, COLUMNS)} if given else {}
+    twin = convert_to_domain_parallel(Net(Block(4, 4) if right else PoolByHand()), manager, **settings)
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    return [compiled(x).shape[-2] for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_compiled_models_are_tried_while_they_are_traced():
+    """Also where the first call is a compiled one, as one graph."""
+    assert run_processes(compiled_shapes, 2, True, False) == [[12, 12]] * 2
+    assert run_processes(compiled_shapes, 2, True, True) == [[12, 12]] * 2
+    with pytest.raises(RankError, match=r"middle \(PoolByHand\)"):
+        run_processes(compiled_shapes, 2, False, False)
+
+
+def test_a_known_family_that_is_something_else_is_left_to_the_rules():
+    """It has the parts of a periodic convolution, and shifts longitude as well: exact by itself."""
+
+    class Shifted(PeriodicConv2d):
+        def forward(self, x):
+            return torch.roll(super().forward(x), 1, -1)
+
+    model = nn.Sequential(Shifted(3, 4))
+    with pytest.raises(RankError) as error:
+        convert_and_call(model, 2, whole_input())
+    assert "0 (Shifted)" in refusals(error).pop()

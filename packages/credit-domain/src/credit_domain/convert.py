@@ -90,6 +90,7 @@ def convert_to_domain_parallel(
     local: Iterable[Any] = (),
     input_shape: Any = None,
     window_sizes: Sequence[int] | None = None,
+    known: bool = True,
     check: bool = True,
 ) -> nn.Module:
     """Convert a model, in place, so that it works on sharded rows with the numbers of one rank.
@@ -120,6 +121,7 @@ def convert_to_domain_parallel(
             :func:`credit_domain.stride.granularity_of`. A granularity that the manager has already is kept: the
             boundaries become multiples of both.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
+        known: False leaves modules of the known families to the rules.
         check: False skips the trial. Code of your own that mixes rows then trains on wrong numbers without an error,
             unless you have verified the model yourself.
 
@@ -144,7 +146,7 @@ def convert_to_domain_parallel(
     shard_dim = _negative(shard_dim)
     if manager.domain_parallel_size == 1:
         return _finish(model, manager, ConversionReport(()))
-    plan = _plan(model, shard_dim, dict(custom_converters or {}), _Matcher(local))
+    plan = _plan(model, shard_dim, dict(custom_converters or {}), _Matcher(local), known)
     if plan.refused:
         raise ValueError(_refusal(plan.refused))
     free = free_windows(model, custom_converters, shard_dim)
@@ -246,7 +248,7 @@ class _Chooser:
         return family, lambda label: made, f"as {family.name}"
 
 
-def _plan(model: nn.Module, shard_dim: int, custom: dict[Any, Converter], local: _Matcher) -> _Plan:
+def _plan(model: nn.Module, shard_dim: int, custom: dict[Any, Converter], local: _Matcher, known: bool = True) -> _Plan:
     plan, choose = _Plan(), _Chooser(custom, shard_dim)
 
     def visit(name: str, module: nn.Module) -> None:
@@ -255,7 +257,7 @@ def _plan(model: nn.Module, shard_dim: int, custom: dict[Any, Converter], local:
         plan.names[id(module)] = name
         kind = type(module).__name__
         declared_local = local(name, module) is not None
-        chosen = choose(name, module, known=not declared_local)
+        chosen = choose(name, module, known=known and not declared_local)
         if chosen is not None:
             converter, plan.replace[id(module)], reason = chosen
             plan.lines.append(ConvertedModule(name, kind, "converted", reason))

@@ -7,19 +7,23 @@ must agree. The copy has random weights, so that what a fresh model multiplies b
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from credit_domain.domain import constant
 from credit_domain.trace import is_shape
 from credit_domain.verification.compare import compare_whole, sharded_dim
 from credit_domain.verification.events import Events, Run, unlike_shapes
@@ -77,7 +81,7 @@ class Trial:
         self._plain, self._manager, self._shard_dim, self._reasons = plain, manager, shard_dim, reasons
         self._sharded: Ghost | None = None
         self._other = -1 if shard_dim != -1 else -2
-        self._kind = type(plain.model).__name__
+        self.kind = type(plain.model).__name__
 
     @classmethod
     def of(
@@ -109,7 +113,7 @@ class Trial:
         if inputs is None:
             _FirstCall(self, converted)
         elif problem := self._attempt(*self._given(inputs), torch.device("cpu")):
-            _warn(self._kind, problem)
+            _warn(self.kind, problem)
 
     # Inputs
 
@@ -146,10 +150,10 @@ class Trial:
         tensors = [value for _, value in tensors_in({"args": args, "kwargs": kwargs})]
         own = next((t.shape[self._shard_dim] for t in tensors if t.ndim >= 3 and not _is_whole(t)), 0)
         rows = sum(self._told(own))
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = next((x.device for x in tensors if not x.is_meta), torch.device("cpu"))
         marked = _map((args, kwargs), lambda value: self._mark(value, own, rows))
         if problem := self._attempt(marked[0], marked[1], rows, device):
-            _warn(self._kind, problem)
+            _warn(self.kind, problem)
 
     def _mark(self, x: Tensor, own: int, rows: int) -> Any:
         if x.ndim < 3 or x.shape[self._shard_dim] != own:
@@ -225,7 +229,7 @@ class Trial:
                 seconds, shape = time.perf_counter() - begun, [leaf.shape for leaf in _tensors(given)][:1]
                 logger.info(
                     "%s gives the numbers of one rank when tried on %s: %s, %.1f s (check=False skips this)",
-                    self._kind,
+                    self.kind,
                     partition,
                     " ".join(str(tuple(s)) for s in shape),
                     seconds,
@@ -316,14 +320,14 @@ class Trial:
             found = events.first_difference() or unlike_shapes(mine, runs)
         else:
             found = events.first_backward_difference(errors)
-        where = f"{found.module or 'the model itself'} ({found.kind or self._kind})"
+        where = f"{found.module or 'the model itself'} ({found.kind or self.kind})"
         return self._refusal(f"{where}: {found.what}\n  {found.advice}", found.module)
 
     def _refusal(self, what: str, name: str) -> str:
         ranks, mistaken = self._manager.domain_parallel_size, self._reasons.get(name, "")
         note = f"\n  {mistaken}" if "not converted as" in mistaken else ""
         return (
-            f"{self._kind} does not give the numbers of one rank on {ranks} ranks, when tried on random rows:\n"
+            f"{self.kind} does not give the numbers of one rank on {ranks} ranks, when tried on random rows:\n"
             f"  {what}{note}\n"
             "credit_domain.verify_domain_parallel tells more. check=False converts it all the same, and it trains on "
             "wrong numbers then."
@@ -331,24 +335,46 @@ class Trial:
 
 
 class _FirstCall:
-    """A hook that tries a model before its first call."""
+    """A hook that tries a model before its first call.
+
+    Compiled code keeps it, and finds while it is traced that the trial is over: taking it away would compile anew.
+    """
 
     def __init__(self, trial: Trial, model: nn.Module) -> None:
-        self._trial = trial
+        self._trial, self._model, self._number = trial, ref(model), next(_numbers)
+        _hooks[self._number] = self
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
-        logger.info("%s is tried on small random rows at its first call (check=False skips this)", trial._kind)
+        logger.info("%s is tried on small random rows at its first call (check=False skips this)", trial.kind)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            _say_unchecked(self._trial._kind)
-            return
-        self._trial.at_call(module, args, kwargs)
-        self._handle.remove()  # not where it was refused: it would be again
+        if not torch.compiler.is_compiling():
+            if self._number not in _over:
+                self._trial.at_call(module, args, kwargs)
+                _over.add(self._number)  # not where it was refused: it would be again
+            self._handle.remove()
+        elif not _is_over(self._number):
+            shapes = tuple(tuple(operator.index(size) for size in x.shape) for x in args if isinstance(x, Tensor))
+            _try_while_tracing(self._number, shapes if len(shapes) == len(args) and not kwargs else ())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, unused-ignore, untyped-decorator]
-def _say_unchecked(kind: str) -> int:
-    _warn(kind, "its first call is compiled; pass input_shape= to the conversion")
+_numbers = itertools.count()
+_over: set[int] = set()
+_hooks: WeakValueDictionary[int, _FirstCall] = WeakValueDictionary()
+
+
+@constant
+def _is_over(number: int) -> bool:
+    return number in _over
+
+
+@constant
+def _try_while_tracing(number: int, shapes: tuple[tuple[int, ...], ...]) -> int:
+    trial, model = _hooks[number]._trial, _hooks[number]._model()
+    if shapes and model is not None:
+        trial.at_call(model, tuple(torch.empty(shape, device="meta") for shape in shapes), {})
+    else:
+        _warn(trial.kind, "its first call is compiled, with other arguments than tensors; pass input_shape=")
+    _over.add(number)
     return 0
 
 
