@@ -50,7 +50,7 @@ def register(
     any_rows: bool = False,
     stride: RowStride | None = None,
 ) -> Converter:
-    """Make a converter known; it is applied where :func:`known_converters` is passed, and nowhere else.
+    """Make a converter known: conversion, planning and verification apply it from now on.
 
     Args:
         match: A type (subclasses too), a class path such as ``"package.module.Class"``, or a predicate on the module.
@@ -76,9 +76,9 @@ def register(
 
 
 def known_converters() -> Mapping[ConverterKey, Callable[[nn.Module], nn.Module]]:
-    """All that is registered, to be passed as ``custom_converters=known_converters()``.
+    """All that is registered. A conversion applies these by itself.
 
-    For more, or others: ``custom_converters={**known_converters(), MyType: my_converter}``.
+    Passed as ``custom_converters=known_converters()``, they refuse a module that only looks like its family.
     """
     return {family.match: family for family in _families.values()}
 
