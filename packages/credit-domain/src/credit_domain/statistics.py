@@ -8,6 +8,7 @@ same order, and get the same result to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,13 @@ class Normalization(NamedTuple):
     gradient: bool = False
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normalization) -> tuple[Tensor, Tensor]:
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    how: Normalization,
+    track: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the statistics of all ranks' parts.
 
     The gradient goes through the statistics too. In half precision they are those of float32.
@@ -51,6 +58,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normal
         weight: A factor that broadcasts against ``x`` and has as many dims, or None.
         bias: Likewise, added; of the shape of ``weight``.
         how: What to normalise by.
+        track: Called with the statistics before anything is kept for the backward. An activation checkpoint stops its
+            recomputation where the last tensor is kept, and what comes after that is not run again.
 
     Returns:
         The result, in the dtype of ``x``, and, without gradient, how many values each set of statistics is of, their
@@ -68,8 +77,11 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normal
         raise ValueError(f"{how.label}: expected a floating-point tensor; got {x.dtype}: convert it first")
     how = how._replace(gradient=x.requires_grad and torch.is_grad_enabled())
     if torch.compiler.is_compiling():  # which decides itself what to keep for the backward
-        return _normalize(x, weight, bias, how)
-    out, stats = _Normalize.apply(x, weight, bias, how)  # type: ignore[no-untyped-call]
+        out, stats = _normalize(x, weight, bias, how)
+        if track is not None:
+            track(stats)
+        return out, stats
+    out, stats = _Normalize.apply(x, weight, bias, how, track)  # type: ignore[no-untyped-call]
     return out, stats
 
 
@@ -120,7 +132,12 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normalization
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        how: Normalization,
+        track: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
         count = _count(x, how)
         some = max(1, count)
@@ -139,6 +156,8 @@ class _Normalize(torch.autograd.Function):
         shift = (near - stats[1]).to(scale.dtype) * scale
         if bias is not None:
             shift = shift + bias.to(scale.dtype)
+        if track is not None:
+            track(stats)
         out.mul_(scale).add_(shift)  # several times faster on the CPU than addcmul, which broadcasts both
         ctx.how, ctx.bias = how, None if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(x, weight, stats)
@@ -164,7 +183,7 @@ class _Normalize(torch.autograd.Function):
         d_weight = normal.sum_to_size(shape).to(weight.dtype) if needs[1] else None
         d_bias = plain.sum_to_size(shape).to(ctx.bias[1]) if needs[2] else None
         if not needs[0]:
-            return None, d_weight, d_bias, None
+            return None, d_weight, d_bias, None, None
         factor = None if weight is None else weight.to(rstd.dtype)
         sums = [_sum(each if factor is None else each * factor, outer) for each in (plain, normal)]
         total = torch.ops.credit_halo.sum(torch.stack(sums), how.group, False)
@@ -172,7 +191,7 @@ class _Normalize(torch.autograd.Function):
         slope = slope * rstd
         shift = shift + rest * slope if how.centered else torch.zeros_like(slope)
         out.mul_(slope).add_(shift).addcmul_(grad.to(rstd.dtype), rstd if factor is None else rstd * factor)
-        return out.to(x.dtype), d_weight, d_bias, None
+        return out.to(x.dtype), d_weight, d_bias, None, None
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -208,10 +227,10 @@ def _differentiable_backward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor |
     wanted = [tensor for tensor, needed in zip((x, weight), needs, strict=False) if needed and tensor is not None]
     d_bias = grad.to(_wide(x.dtype)).sum_to_size(ctx.bias[0]).to(ctx.bias[1]) if needs[2] else None
     if not wanted:
-        return None, None, d_bias, None
+        return None, None, d_bias, None, None
     out, _ = _normalize(x, weight, None, ctx.how)
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return next(grads) if needs[0] else None, next(grads) if needs[1] else None, d_bias, None
+    return next(grads) if needs[0] else None, next(grads) if needs[1] else None, d_bias, None, None
 
 
 # The operator
