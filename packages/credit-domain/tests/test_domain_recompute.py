@@ -1,7 +1,7 @@
 """State that a forward updates: a recomputation in an activation checkpoint updates it as often as on one rank.
 
-A non-reentrant checkpoint stops its recomputation as soon as it has the last tensor that the backward needs. So it counts
-whether a layer updates its state before it keeps its tensors or after.
+A non-reentrant checkpoint stops its recomputation as soon as it has the last tensor that the backward needs. So it
+counts whether a layer updates its state before it keeps its tensors or after.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARTS = {
     "instance affine": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
     "group": lambda: nn.GroupNorm(2, 4),
     "pool": lambda: nn.MaxPool2d(3, 1, 1),
-    "gelu": lambda: nn.GELU(),
+    "gelu": nn.GELU,
 }
 
 

@@ -1,4 +1,4 @@
-"""Buffers of replicas: validation, checkpoints and forecasts do not depend on which replica looks, nor on the domain."""
+"""Buffers of replicas: validation and checkpoints do not depend on which replica looks, nor on the domain."""
 
 from __future__ import annotations
 

@@ -8,13 +8,16 @@ same order, and get the same result to the last bit.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from credit_halo import debug
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.faults import break_group, refuse_broken
@@ -159,6 +162,7 @@ class _Normalize(torch.autograd.Function):
         if track is not None:
             track(stats)
         out.mul_(scale).add_(shift)  # several times faster on the CPU than addcmul, which broadcasts both
+        ctx.said = debug.said()
         ctx.how, ctx.bias = how, None if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(x, weight, stats)
         ctx.mark_non_differentiable(stats)
@@ -186,7 +190,8 @@ class _Normalize(torch.autograd.Function):
             return None, d_weight, d_bias, None, None
         factor = None if weight is None else weight.to(rstd.dtype)
         sums = [_sum(each if factor is None else each * factor, outer) for each in (plain, normal)]
-        total = torch.ops.credit_halo.sum(torch.stack(sums), how.group, False)
+        with debug.backward_of(ctx.said):
+            total = torch.ops.credit_halo.sum(torch.stack(sums), how.group, False)
         shift, slope = (total * (-rstd / stats[0].clamp(min=1)).to(rstd.dtype)).unbind()
         slope = slope * rstd
         shift = shift + rest * slope if how.centered else torch.zeros_like(slope)
@@ -256,14 +261,20 @@ def combine_now(local: Tensor, count: int, group: str, label: str, kind: str, re
     refuse_broken(pg, label)
     if not local.numel():
         return local.new_zeros([3, *shape])
-    own = torch.cat([local.new_full([1], count), local.flatten()])
+    debug.compare(pg, lambda: said, local.device)
+    # Which layer this is travels with its numbers. Whoever looks at it waits for the device, and so it is not done on a
+    # GPU.
+    mark = zlib.crc32(said.encode())
+    own = torch.cat([local.new_tensor([mark, count]), local.flatten()])
     every = own.new_empty([dist.get_world_size(pg), own.numel()])
     try:
         dist.all_gather(list(every.unbind()), own, group=pg)
     except RuntimeError as error:
         message = f"{label} failed on rank {dist.get_rank(pg)} of {len(every)} while statistics were gathered: {error}"
         raise break_group(pg, message) from error
-    counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, 1)
+    if local.device.type == "cpu" and (every[:, 0] != mark).any():
+        raise ValueError(_mixed(pg, label, said, every[:, 0].tolist()))
+    counts, means, variances = every[:, 1:2], *every[:, 2:].chunk(2, 1)
     total = counts.sum()
     # Nobody looks, and waits for the device, who has several values; where there is one in all, nobody has.
     if refuse and count <= 1 and total.item() == 1:
@@ -272,6 +283,16 @@ def combine_now(local: Tensor, count: int, group: str, label: str, kind: str, re
     mean = (means * parts).sum(0)
     var = ((variances + (means - mean).square()) * parts).sum(0)
     return torch.stack([total.expand_as(mean), mean, var]).reshape([3, *shape])
+
+
+def _mixed(group: ProcessGroup, label: str, said: str, marks: list[float]) -> str:
+    """One message for all ranks, which have taken the statistics of different layers at the same time."""
+    texts: list[str] = [""] * len(marks)
+    try:
+        dist.all_gather_object(texts, said, group=group)
+    except RuntimeError as error:
+        raise break_group(group, f"{label}: ranks take the statistics of different layers: {error}") from error
+    return debug.differing("the ranks take the statistics of different layers at the same time", marks, texts)
 
 
 @torch.library.custom_op("credit_domain::combine", mutates_args=())
@@ -288,12 +309,14 @@ def _(local: Tensor, count: int, group: str, label: str, kind: str, refuse: str)
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     local, ctx.count, ctx.group = inputs[:3]
+    ctx.said = debug.said()
     ctx.save_for_backward(local, output)
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     local, stats = ctx.saved_tensors
-    d_mean, d_var = torch.ops.credit_halo.sum(grad[1:].contiguous(), ctx.group, False).unbind()
+    with debug.backward_of(ctx.said):
+        d_mean, d_var = torch.ops.credit_halo.sum(grad[1:].contiguous(), ctx.group, False).unbind()
     part = ctx.count / stats[0].clamp(min=1)
     d_local = torch.stack([(d_mean + 2 * (local[0] - stats[1]) * d_var) * part, d_var * part])
     return d_local, *[None] * 5

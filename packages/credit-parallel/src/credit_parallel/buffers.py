@@ -21,8 +21,8 @@ def sync_buffers(model: nn.Module, manager: DomainParallelManager | None = None)
     """Give every replica the buffers of the first one, as DistributedDataParallel does; no weights are touched.
 
     Each rank takes them from the rank of the first replica with its own tp and domain coordinates. So buffers that hold
-    a rank's own rows keep them, and what domain ranks have alike stays alike. The numbers are those of the first replica
-    whatever the number of domain ranks, and with DDP and FSDP2.
+    a rank's own rows keep them, and what domain ranks have alike stays alike. The numbers are those of the first
+    replica whatever the number of domain ranks, and with DDP and FSDP2.
 
     Args:
         model: The model, wrapped or not.
@@ -38,7 +38,7 @@ def sync_buffers(model: nn.Module, manager: DomainParallelManager | None = None)
 
 
 def sync_before_forward(wrapped: DistributedDataParallel, manager: DomainParallelManager) -> None:
-    """Do what torch's ``broadcast_buffers`` does, over the replicas alone where a wrapper spans the domain ranks too."""
+    """Do what torch's ``broadcast_buffers`` does, over the replicas alone, where a wrapper spans domain ranks too."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def hook(module: nn.Module, args: object) -> None:
@@ -66,8 +66,8 @@ def tell_replica_statistics(model: nn.Module, replicas: int) -> list[str]:
     if replicas > 1 and names and dist.get_rank() == 0:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         logger.warning(
-            "%s%s: BatchNorm normalises by the samples of its own replica, so numbers depend on how many replicas there "
-            "are (%d), and validation uses the running statistics of the first one. Convert the model with "
+            "%s%s: BatchNorm normalises by the samples of its own replica, so numbers depend on how many replicas "
+            "there are (%d), and validation uses the running statistics of the first one. Convert the model with "
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm for those of all samples",
             *(", ".join(names[:3]), more, replicas),
         )

@@ -34,8 +34,8 @@ def apply_ddp(
     Apply it after domain and tensor parallelism. All ranks start with the weights of the first one. Parameters that are
     divided over tp ranks (DTensors, which torch's class does not take) are averaged at the end of the backward.
 
-    Buffers: each forward starts with the buffers of the first replica, as by torch's default. Replicas see other samples,
-    so the running statistics of BatchNorm are those of the first replica, on all of them. Where the domain axis is
+    Buffers: each forward starts with the buffers of the first replica, as by torch's default. Replicas see other
+    samples, so the running statistics of BatchNorm are those of the first replica, on all of them. Where the domain axis is
     folded in, each rank takes them from the rank of the first replica with its own domain coordinate, because domain
     ranks may have buffers of their own rows.
 
