@@ -79,9 +79,7 @@ def all_mean(x: Tensor, group: ProcessGroup | None = None, *, label: str = "all_
         One sum forward, one backward.
     """
     if not (x.is_floating_point() or x.is_complex()):
-        raise ValueError(
-            f"{label} needs a floating-point or complex tensor; got {x.dtype}: convert it, or use all_sum"
-        )
+        raise ValueError(f"{label} needs a floating-point or complex tensor; got {x.dtype}: convert it, or use all_sum")
     ranks = dist.get_world_size(group) if dist.is_initialized() else 1
     return all_sum(x / ranks, group, label=label)  # no overflow on the way
 

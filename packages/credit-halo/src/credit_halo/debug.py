@@ -110,7 +110,9 @@ def compare(group: ProcessGroup, describe: Callable[[], str], device: torch.devi
         if len(set(numbers)) > 1:
             dist.all_gather_object(texts, said, group=group)
     except RuntimeError as error:
-        message = f"{said}: rank {dist.get_rank(group)} of {len(theirs)} waited for all ranks to make this call: {error}"
+        message = (
+            f"{said}: rank {dist.get_rank(group)} of {len(theirs)} waited for all ranks to make this call: {error}"
+        )
         raise break_group(group, message) from error
     _here.said = said
     if len(set(numbers)) > 1:

@@ -35,9 +35,9 @@ def apply_ddp(
     divided over tp ranks (DTensors, which torch's class does not take) are averaged at the end of the backward.
 
     Buffers: each forward starts with the buffers of the first replica, as by torch's default. Replicas see other
-    samples, so the running statistics of BatchNorm are those of the first replica, on all of them. Where the domain axis is
-    folded in, each rank takes them from the rank of the first replica with its own domain coordinate, because domain
-    ranks may have buffers of their own rows.
+    samples, so the running statistics of BatchNorm are those of the first replica, on all of them. Where the domain
+    axis is folded in, each rank takes them from the rank of the first replica with its own domain coordinate, because
+    domain ranks may have buffers of their own rows.
 
     Args:
         model: The model, on its device.
