@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo import debug
+from credit_halo import debug, tagged
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.exchange import repartition_rows, take_rows
@@ -194,7 +194,7 @@ def _sum(x: Tensor, group: str, compiled: bool) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
         pg = _ready(x, group, "all_sum", compiled)
-        _run("all_sum", pg, lambda: dist.all_reduce(out, group=pg))
+        _run("all_sum", pg, lambda: _reduce(out, pg, "all_sum"))
     return out
 
 
@@ -209,7 +209,7 @@ def _broadcast(x: Tensor, src: int, group: str, compiled: bool) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if group:
         pg = _ready(x, group, f"broadcast from rank {src}", compiled)
-        _run("broadcast", pg, lambda: dist.broadcast(as_bytes(out), dist.get_global_rank(pg, src), group=pg))
+        _run("broadcast", pg, lambda: _spread(out, src, pg))
     return out
 
 
@@ -220,7 +220,7 @@ def _sum_to(x: Tensor, src: int, group: str, compiled: bool) -> Tensor:
     if group:
         pg = group_by_name(group)
         _compare(x, pg, f"adjoint of a broadcast from rank {src}")
-        _run("broadcast (backward)", pg, lambda: dist.all_reduce(out, group=pg))
+        _run("broadcast (backward)", pg, lambda: _reduce(out, pg, f"adjoint of a broadcast from {src}"))
         if dist.get_rank(pg) != src:
             out.zero_()
     return out
@@ -301,6 +301,24 @@ def _run(what: str, group: ProcessGroup, collective: Any) -> None:
     except RuntimeError as error:
         message = f"{what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {error}"
         raise break_group(group, message) from error
+
+
+def _reduce(out: Tensor, group: ProcessGroup, what: str) -> None:
+    """Sum over the ranks in place, in the order of the ranks where tensors are small: the same bits on each."""
+    if not tagged.is_tagged(group, out):
+        dist.all_reduce(out, group=group)
+        return
+    first, *others = tagged.gather(out.clone(), group, what)
+    out.copy_(first)
+    for other in others:
+        out.add_(other)
+
+
+def _spread(out: Tensor, src: int, group: ProcessGroup) -> None:
+    if tagged.is_tagged(group, out):
+        tagged.spread(out, src, group, "broadcast")
+    else:
+        dist.broadcast(as_bytes(out), dist.get_global_rank(group, src), group=group)
 
 
 def _name(group: ProcessGroup | None) -> str:
