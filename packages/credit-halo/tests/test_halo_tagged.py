@@ -30,7 +30,7 @@ def of_another_size(rank, kind, odd):
 @pytest.mark.parametrize("odd", SHAPES)
 @pytest.mark.parametrize("kind", ["sum", "broadcast"])
 def test_another_number_of_bytes_is_an_error_of_ours(kind, odd):
-    told = run_processes(of_another_size, 3, kind, odd, timeout=120, group_timeout=3)
+    told = run_processes(of_another_size, 3, kind, odd, timeout=600, group_timeout=3)
     assert all("failed on rank" in message for message in told)
 
 

@@ -44,7 +44,7 @@ def lines(folder, ranks, parallelism, norm="batch"):
     if ranks == 1:
         trained(0, conf)
     else:
-        run_processes(trained, ranks, conf, timeout=500)
+        run_processes(trained, ranks, conf, timeout=900)
     read = read_metrics(Path(folder) / FILE)
     scores = [line for line in read if line["event"] == "valid"]
     assert [line["step"] for line in scores] == [2, 3]

@@ -1,7 +1,8 @@
 """Small collectives made of messages with tags, where the backend has tags.
 
-A collective of gloo takes what its peers send for what it waits for. Where ranks differ in what they do, a shorter message
-is taken without a word, and a longer one ends the process of the receiver ("terminate called"), which nobody can catch.
+A collective of gloo takes what its peers send for what it waits for. Where ranks differ in what they do, a shorter
+message is taken without a word, and a longer one ends the process of the receiver ("terminate called"), which nobody
+can catch.
 A message with a tag is only taken for what it is: ranks that differ wait for each other until the group times out, and
 raise. For small tensors one round of messages is also no slower than the rounds of a ring.
 """
