@@ -69,7 +69,7 @@ def tests_gloo(session: nox.Session, package: str) -> None:
     install(session, PACKAGES if everything else lowest(package), *group("test"), extras="[data,grib,plot,tensorboard]")
     paths = ["tests", "packages"] if everything else [f"packages/{package}/tests"]
     marked = "not gpu and not slow" if everything else "not gpu"  # slow ones have run, and take minutes
-    options = ["-n", "2", "--dist", "worksteal", "--timeout", "300", "--durations", "8", "-m", marked]
+    options = ["-n", "2", "--dist", "worksteal", "--timeout", "1200", "--durations", "8", "-m", marked]
     session.run("pytest", *options, *paths, *session.posargs, env=TEST_ENV)
 
 
@@ -94,7 +94,7 @@ def tests_gpu(session: nox.Session) -> None:
         session.error("CREDIT_REQUIRE_GPU is set, and torch.cuda.is_available() is False")
     if count == 0:
         session.skip("no GPU: torch.cuda.is_available() is False")
-    session.run("pytest", "--timeout", "300", "-m", "gpu", "packages", "tests", *session.posargs, env=TEST_ENV)
+    session.run("pytest", "--timeout", "1200", "-m", "gpu", "packages", "tests", *session.posargs, env=TEST_ENV)
 
 
 def might_have_gpu() -> bool:

@@ -399,7 +399,7 @@ def compiled(rank):
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    run_processes(compiled, 3, timeout=240)
+    run_processes(compiled, 3, timeout=900)
 
 
 def test_compiled_on_one_rank_at_two_sizes():

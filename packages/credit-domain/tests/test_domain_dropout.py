@@ -250,6 +250,6 @@ def compiled(rank, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend):
-    alive = run_processes(compiled, 3, backend, timeout=300)
+    alive = run_processes(compiled, 3, backend, timeout=900)
     assert all(torch.equal(alive[0], other) for other in alive)
     assert not alive[0].all()

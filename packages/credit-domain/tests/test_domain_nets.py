@@ -73,12 +73,12 @@ def compiled_and_plain(rank: int, name: str, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["odd unet", "embedding"])
 def test_compiled_equals_eager(name):
-    run_processes(compiled_and_plain, 3, name, "aot_eager", timeout=240)
+    run_processes(compiled_and_plain, 3, name, "aot_eager", timeout=900)
 
 
 @pytest.mark.slow
 def test_compiled_by_inductor_equals_eager():
-    run_processes(compiled_and_plain, 3, "unet", "inductor", timeout=290)
+    run_processes(compiled_and_plain, 3, "unet", "inductor", timeout=900)
 
 
 @pytest.mark.parametrize("name", NETS)

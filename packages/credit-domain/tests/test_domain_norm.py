@@ -570,7 +570,7 @@ def compiled(rank, backend, dynamic):
     ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)], ids=str
 )
 def test_compiled_equals_eager(backend, dynamic):
-    run_processes(compiled, 3, backend, dynamic, timeout=300)
+    run_processes(compiled, 3, backend, dynamic, timeout=900)
 
 
 # The operator

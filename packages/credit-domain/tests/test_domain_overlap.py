@@ -409,7 +409,7 @@ def compiled_like_eager(rank, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_convolutions(backend):
-    run_processes(compiled_like_eager, 3, backend, timeout=290)
+    run_processes(compiled_like_eager, 3, backend, timeout=900)
 
 
 def test_operators_pass_torchs_own_check():

@@ -419,7 +419,7 @@ def compiled(rank):
 
 @pytest.mark.slow
 def test_compiled_pooling_is_the_same():
-    run_processes(compiled, 3, timeout=300)
+    run_processes(compiled, 3, timeout=900)
 
 
 def test_it_answers_for_the_module_that_it_wraps():

@@ -204,4 +204,4 @@ def compiled_and_not(rank):
 
 @pytest.mark.slow
 def test_compiled_code():
-    run_processes(compiled_and_not, 3, timeout=300)
+    run_processes(compiled_and_not, 3, timeout=900)

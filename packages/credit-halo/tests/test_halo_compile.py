@@ -80,7 +80,7 @@ def compiled(rank: int, backend: str, dynamic: bool | None) -> None:
     ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)], ids=str
 )
 def test_compiled_equals_eager(backend: str, dynamic: bool | None) -> None:
-    run_processes(compiled, 3, backend, dynamic, timeout=240)
+    run_processes(compiled, 3, backend, dynamic, timeout=900)
 
 
 def empty_on_one_rank(rank: int) -> None:

@@ -120,7 +120,7 @@ def one_mistake_later(rank: int) -> str:
 
 
 def test_a_mistake_after_the_first_use_reaches_everybody() -> None:
-    messages = run_processes(one_mistake_later, 3, timeout=30, group_timeout=2)
+    messages = run_processes(one_mistake_later, 3, timeout=600, group_timeout=2)
     assert messages[1].startswith("ValueError: exchange 'rows': on rank 1 the tensor of shape (1, 1, 3, 2) has 3 rows")
     for rank in (0, 2):
         assert messages[rank].startswith("ExchangeError: exchange 'rows' (forward")
@@ -134,7 +134,7 @@ def stall(rank: int, how: str, labels: tuple[str, str, str]) -> tuple[str, str, 
     if rank == 1:
         if how == "dies":
             os._exit(7)
-        time.sleep(4)
+        time.sleep(12)
     started = time.monotonic()
     with pytest.raises(ExchangeError) as info:
         good(rank, second)
@@ -149,28 +149,28 @@ STEADY = ("rows", "rows", "rows")
 
 @pytest.mark.slow
 def test_a_rank_that_stalls() -> None:
-    results = run_processes(stall, 3, "stalls", ("before", "after", "later"), timeout=40, group_timeout=1.5)
+    results = run_processes(stall, 3, "stalls", ("before", "after", "later"), timeout=600, group_timeout=1.5)
     for rank in (0, 2):
         message, again, seconds = results[rank]
         assert "exchange 'after' (forward" in message or "exchange 'after': rank" in message
-        assert seconds < 3.5
+        assert seconds < 10
         assert "exchange 'later'" in again
         assert "an earlier exchange failed on its group" in again
 
 
 @pytest.mark.slow
 def test_the_peer_that_was_waited_for_is_named() -> None:
-    results = run_processes(stall, 3, "stalls", STEADY, timeout=40, group_timeout=1.5)
+    results = run_processes(stall, 3, "stalls", STEADY, timeout=600, group_timeout=1.5)
     for rank in (0, 2):
         message, again, seconds = results[rank]
         assert re.search(rf"exchange 'rows' \(forward.* failed on rank {rank} of 3 while waiting for rank 1", message)
-        assert seconds < 3.5
+        assert seconds < 10
         assert "was not started, since an earlier exchange failed" in again
 
 
 def test_a_rank_that_dies() -> None:
     with pytest.raises(RankError) as info:
-        run_processes(stall, 3, "dies", STEADY, timeout=40, group_timeout=5)
+        run_processes(stall, 3, "dies", STEADY, timeout=600, group_timeout=5)
     assert info.value.failures == {1: "ended with exit code 7"}, "the others raised as they should, and returned"
 
 

@@ -129,7 +129,7 @@ def compiled(rank: int) -> None:
 
 
 def test_in_compiled_code() -> None:
-    run_processes(compiled, 2, timeout=120, group_timeout=100)
+    run_processes(compiled, 2, timeout=600, group_timeout=100)
 
 
 def test_nothing_is_sent_where_the_partition_is_given() -> None:

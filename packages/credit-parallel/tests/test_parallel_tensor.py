@@ -501,7 +501,7 @@ def compiled(rank: int, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
-    run_processes(compiled, 2, backend, timeout=240)
+    run_processes(compiled, 2, backend, timeout=900)
 
 
 def test_with_sharded_rows() -> None:

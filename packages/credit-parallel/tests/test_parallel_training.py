@@ -73,7 +73,7 @@ def trained(rank, conf, stop=None):
 def run(conf, ranks, stop=None):
     if ranks == 1:
         return trained(0, conf, stop)
-    outcomes = run_processes(trained, ranks, conf, stop, timeout=240)
+    outcomes = run_processes(trained, ranks, conf, stop, timeout=900)
     assert len(set(outcomes)) == 1
     return outcomes[0]
 
@@ -207,7 +207,7 @@ def trained_compiled(rank, conf):
 def test_compiled(alone, tmp_path):
     """Blocks of several shapes, in training and in validation; each is traced as one graph."""
     conf = conf_of(tmp_path, {"data": "ddp", "domain": 2}, accumulate=2, valid_every=3, compile=True)
-    assert run_processes(trained_compiled, 2, conf, timeout=240) == [5, 5]
+    assert run_processes(trained_compiled, 2, conf, timeout=900) == [5, 5]
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-9)
     scores = [logged(folder, "valid")[0]["rmse"]["u"] for folder in (tmp_path, alone)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-9)
@@ -328,7 +328,7 @@ def command(*arguments, **kwargs):
         [sys.executable, "-m", "credit_parallel", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
         **kwargs,
     )
@@ -382,7 +382,7 @@ def test_under_torchrun(tmp_path):
         [sys.executable, *line, "train", "-c", str(config), "--quiet"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

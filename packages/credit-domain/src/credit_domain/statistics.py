@@ -8,12 +8,16 @@ same order, and get the same result to the last bit.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from credit_halo import debug
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree
 from credit_halo.faults import break_group, refuse_broken
@@ -41,7 +45,13 @@ class Normalization(NamedTuple):
     gradient: bool = False
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normalization) -> tuple[Tensor, Tensor]:
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    how: Normalization,
+    track: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the statistics of all ranks' parts.
 
     The gradient goes through the statistics too. In half precision they are those of float32.
@@ -51,6 +61,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normal
         weight: A factor that broadcasts against ``x`` and has as many dims, or None.
         bias: Likewise, added; of the shape of ``weight``.
         how: What to normalise by.
+        track: Called with the statistics before anything is kept for the backward. An activation checkpoint stops its
+            recomputation where the last tensor is kept, and what comes after that is not run again.
 
     Returns:
         The result, in the dtype of ``x``, and, without gradient, how many values each set of statistics is of, their
@@ -68,8 +80,11 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normal
         raise ValueError(f"{how.label}: expected a floating-point tensor; got {x.dtype}: convert it first")
     how = how._replace(gradient=x.requires_grad and torch.is_grad_enabled())
     if torch.compiler.is_compiling():  # which decides itself what to keep for the backward
-        return _normalize(x, weight, bias, how)
-    out, stats = _Normalize.apply(x, weight, bias, how)  # type: ignore[no-untyped-call]
+        out, stats = _normalize(x, weight, bias, how)
+        if track is not None:
+            track(stats)
+        return out, stats
+    out, stats = _Normalize.apply(x, weight, bias, how, track)  # type: ignore[no-untyped-call]
     return out, stats
 
 
@@ -120,7 +135,12 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Normalization
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        how: Normalization,
+        track: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
         count = _count(x, how)
         some = max(1, count)
@@ -139,7 +159,10 @@ class _Normalize(torch.autograd.Function):
         shift = (near - stats[1]).to(scale.dtype) * scale
         if bias is not None:
             shift = shift + bias.to(scale.dtype)
+        if track is not None:
+            track(stats)
         out.mul_(scale).add_(shift)  # several times faster on the CPU than addcmul, which broadcasts both
+        ctx.said = debug.said()
         ctx.how, ctx.bias = how, None if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(x, weight, stats)
         ctx.mark_non_differentiable(stats)
@@ -164,15 +187,16 @@ class _Normalize(torch.autograd.Function):
         d_weight = normal.sum_to_size(shape).to(weight.dtype) if needs[1] else None
         d_bias = plain.sum_to_size(shape).to(ctx.bias[1]) if needs[2] else None
         if not needs[0]:
-            return None, d_weight, d_bias, None
+            return None, d_weight, d_bias, None, None
         factor = None if weight is None else weight.to(rstd.dtype)
         sums = [_sum(each if factor is None else each * factor, outer) for each in (plain, normal)]
-        total = torch.ops.credit_halo.sum(torch.stack(sums), how.group, False)
+        with debug.backward_of(ctx.said):
+            total = torch.ops.credit_halo.sum(torch.stack(sums), how.group, False)
         shift, slope = (total * (-rstd / stats[0].clamp(min=1)).to(rstd.dtype)).unbind()
         slope = slope * rstd
         shift = shift + rest * slope if how.centered else torch.zeros_like(slope)
         out.mul_(slope).add_(shift).addcmul_(grad.to(rstd.dtype), rstd if factor is None else rstd * factor)
-        return out.to(x.dtype), d_weight, d_bias, None
+        return out.to(x.dtype), d_weight, d_bias, None, None
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -208,10 +232,10 @@ def _differentiable_backward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor |
     wanted = [tensor for tensor, needed in zip((x, weight), needs, strict=False) if needed and tensor is not None]
     d_bias = grad.to(_wide(x.dtype)).sum_to_size(ctx.bias[0]).to(ctx.bias[1]) if needs[2] else None
     if not wanted:
-        return None, None, d_bias, None
+        return None, None, d_bias, None, None
     out, _ = _normalize(x, weight, None, ctx.how)
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return next(grads) if needs[0] else None, next(grads) if needs[1] else None, d_bias, None
+    return next(grads) if needs[0] else None, next(grads) if needs[1] else None, d_bias, None, None
 
 
 # The operator
@@ -237,14 +261,20 @@ def combine_now(local: Tensor, count: int, group: str, label: str, kind: str, re
     refuse_broken(pg, label)
     if not local.numel():
         return local.new_zeros([3, *shape])
-    own = torch.cat([local.new_full([1], count), local.flatten()])
+    debug.compare(pg, lambda: said, local.device)
+    # Which layer this is travels with its numbers. Whoever looks at it waits for the device, and so it is not done on a
+    # GPU.
+    mark = zlib.crc32(said.encode())
+    own = torch.cat([local.new_tensor([mark, count]), local.flatten()])
     every = own.new_empty([dist.get_world_size(pg), own.numel()])
     try:
         dist.all_gather(list(every.unbind()), own, group=pg)
     except RuntimeError as error:
         message = f"{label} failed on rank {dist.get_rank(pg)} of {len(every)} while statistics were gathered: {error}"
         raise break_group(pg, message) from error
-    counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, 1)
+    if local.device.type == "cpu" and (every[:, 0] != mark).any():
+        raise ValueError(_mixed(pg, label, said, every[:, 0].tolist()))
+    counts, means, variances = every[:, 1:2], *every[:, 2:].chunk(2, 1)
     total = counts.sum()
     # Nobody looks, and waits for the device, who has several values; where there is one in all, nobody has.
     if refuse and count <= 1 and total.item() == 1:
@@ -253,6 +283,16 @@ def combine_now(local: Tensor, count: int, group: str, label: str, kind: str, re
     mean = (means * parts).sum(0)
     var = ((variances + (means - mean).square()) * parts).sum(0)
     return torch.stack([total.expand_as(mean), mean, var]).reshape([3, *shape])
+
+
+def _mixed(group: ProcessGroup, label: str, said: str, marks: list[float]) -> str:
+    """One message for all ranks, which have taken the statistics of different layers at the same time."""
+    texts: list[str] = [""] * len(marks)
+    try:
+        dist.all_gather_object(texts, said, group=group)
+    except RuntimeError as error:
+        raise break_group(group, f"{label}: ranks take the statistics of different layers: {error}") from error
+    return debug.differing("the ranks take the statistics of different layers at the same time", marks, texts)
 
 
 @torch.library.custom_op("credit_domain::combine", mutates_args=())
@@ -269,12 +309,14 @@ def _(local: Tensor, count: int, group: str, label: str, kind: str, refuse: str)
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     local, ctx.count, ctx.group = inputs[:3]
+    ctx.said = debug.said()
     ctx.save_for_backward(local, output)
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     local, stats = ctx.saved_tensors
-    d_mean, d_var = torch.ops.credit_halo.sum(grad[1:].contiguous(), ctx.group, False).unbind()
+    with debug.backward_of(ctx.said):
+        d_mean, d_var = torch.ops.credit_halo.sum(grad[1:].contiguous(), ctx.group, False).unbind()
     part = ctx.count / stats[0].clamp(min=1)
     d_local = torch.stack([(d_mean + 2 * (local[0] - stats[1]) * d_var) * part, d_var * part])
     return d_local, *[None] * 5

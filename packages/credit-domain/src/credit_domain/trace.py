@@ -52,6 +52,8 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
     calls: list[LayerCall] = []
     running: list[str] = []
     for name, module in ghost.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.train(False)  # in training it asks for a GPU wherever there is a process group; shapes are the same
         module.register_forward_pre_hook(lambda module, args, name=name: running.append(name))
         module.register_forward_hook(lambda module, args, output: _left(running))
         if watch(module):

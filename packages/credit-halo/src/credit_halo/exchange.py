@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo import ops
+from credit_halo import debug, ops
 from credit_halo.edges import EdgeRule
 from credit_halo.faults import ExchangeError
 from credit_halo.fit import misfit
@@ -50,7 +50,9 @@ def exchange_rows(
         dtype, shape and label one small all-gather.
     """
     dim, name = _checked(x, plan, dim, group, label)
-    if not torch.compiler.is_compiling() and plan.is_identity:
+    if (
+        not torch.compiler.is_compiling() and plan.is_identity and not debug.enabled()
+    ):  # which compares all ranks' calls
         return x
     out: Tensor = ops.exchange(x, dim, plan.key, name, label, False, torch.compiler.is_compiling())
     return out

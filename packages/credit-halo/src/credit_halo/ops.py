@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from credit_halo import debug
 from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.faults import ExchangeError
@@ -121,10 +122,12 @@ def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, che
 
 def _exchange_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
+    ctx.said = debug.said()
 
 
 def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    home = exchange(grad, ctx.dim, _linear(ctx), ctx.group, ctx.label, not ctx.adjoint, False)
+    with debug.backward_of(ctx.said):
+        home = exchange(grad, ctx.dim, _linear(ctx), ctx.group, ctx.label, not ctx.adjoint, False)
     return home, *[None] * 6
 
 
@@ -239,10 +242,12 @@ def _post_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _collect_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
+    ctx.said = debug.said()
 
 
 def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return post(grad, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, False), *[None] * 7
+    with debug.backward_of(ctx.said):
+        return post(grad, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, False), *[None] * 7
 
 
 post.register_autograd(_post_backward, setup_context=_post_setup)

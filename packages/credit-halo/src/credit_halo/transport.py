@@ -109,6 +109,8 @@ def start(
         received.append(buffer[offset : offset + count].view(shape))
         offset += count
     flight = InFlight(label, plan, group, adjoint, buffer, received, [], started=time.perf_counter())
+    if group is not None:
+        debug.compare(group, lambda: f"{flight}, plan {plan.digest}, {x.dtype}, other dims {tuple(others)}", x.device)
     if not (incoming or outgoing) or size == 0:
         return flight
     assert group is not None

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ from credit_mesh import (
     parse_parallelism_conf,
 )
 from credit_parallel.blocks import _apply_activation_checkpointing, flag, trainer_of
+from credit_parallel.buffers import sync_buffers, tell_replica_statistics
 from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_checkpoint
 from credit_parallel.collectives import clip_grad_norm_
 from credit_parallel.contract import check_batch, check_finite
 from credit_parallel.ddp import apply_ddp
-from credit_parallel.domain import apply_domain_parallel, sync_domain_gradients
+from credit_parallel.domain import apply_domain_parallel, get_raw_model, sync_domain_gradients
 from credit_parallel.fsdp2 import apply_fsdp2
 from credit_parallel.losses import domain_mean, domain_value
 from credit_parallel.mesh import fold_domain, register_dp_group
@@ -63,6 +64,7 @@ class ParallelContext:
     mesh: DeviceMesh | None = None
     manager: DomainParallelManager | None = None
     check_batches: int = 3
+    _told: bool = field(default=False, repr=False)
 
     # Data
 
@@ -178,6 +180,9 @@ class ParallelContext:
         Raises:
             ValueError: On all ranks alike, if it is not finite; no step is taken.
         """
+        if not self._told:
+            self._told = True
+            tell_replica_statistics(get_raw_model(self.model), self.layout.dp)
         self.sync_gradients()
         norm = self.clip_grad_norm_(float("inf") if max_norm is None else max_norm)
         check_finite(norm, what="the norm of the gradients", raises=True)
@@ -189,6 +194,16 @@ class ParallelContext:
         """Whether a loss is finite on every rank; the same answer on each."""
         return check_finite(loss)
 
+    def sync_buffers(self) -> None:
+        """Give every replica the buffers of the first one; see :func:`credit_parallel.buffers.sync_buffers`.
+
+        Call it before validation and forecasts. :meth:`save` does it by itself.
+
+        Collectives:
+            Broadcasts over the replicas; none with one.
+        """
+        sync_buffers(self.model, self.manager)
+
     def seed(self, seed: int) -> RankSeeds:
         """Seed this rank: tp peers alike, domain and data peers apart; see :func:`credit_parallel.seeds.seed_ranks`."""
         return seed_ranks(seed, self.layout)
@@ -198,7 +213,11 @@ class ParallelContext:
     def save(
         self, folder: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None, **options: Any
     ) -> Save:
-        """Save the state of training; see :func:`credit_parallel.checkpoint.save_checkpoint`."""
+        """Save the state of training; see :func:`credit_parallel.checkpoint.save_checkpoint`.
+
+        Buffers are those of the first replica, on all of them, afterwards: training goes on as it would from the file.
+        """
+        self.sync_buffers()
         return save_checkpoint(folder, self, optimizer, **options)
 
     def load(
@@ -262,6 +281,11 @@ def parallelize(
     if axes.get("tp") is not None:
         model = apply_tensor_parallel(model, axes["tp"])
     folded = fold_domain(mesh)
+    if layout.tp > 1:  # whose ranks have the same samples, or other channels
+        group = manager.data_parallel_group if folded is None else folded.get_group()
+        for part in model.modules():
+            if isinstance(norm := part.__dict__.get("_wrapped", part), nn.SyncBatchNorm) and norm.process_group is None:
+                norm.process_group = group
     if config.data == "fsdp2" and folded is not None:
         model = apply_fsdp2(model, folded, whole)
     else:

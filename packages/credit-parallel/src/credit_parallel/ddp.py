@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from credit_parallel._torch_private import after_backward, leave_to_others
 from credit_parallel.blocks import flag, is_sharded, trainer_of
+from credit_parallel.buffers import sync_before_forward
 from credit_parallel.collectives import allreduce_grads_avg, start_equal
 from credit_parallel.domain import manager_of
 from credit_parallel.mesh import covers_domain
@@ -33,10 +34,10 @@ def apply_ddp(
     Apply it after domain and tensor parallelism. All ranks start with the weights of the first one. Parameters that are
     divided over tp ranks (DTensors, which torch's class does not take) are averaged at the end of the backward.
 
-    Buffers: torch's default stays, by which each forward starts with the buffers of the first rank. Replicas see other
+    Buffers: each forward starts with the buffers of the first replica, as by torch's default. Replicas see other
     samples, so the running statistics of BatchNorm are those of the first replica, on all of them. Where the domain
-    axis is folded in this is off, because domain ranks may have buffers of their own rows; those that are not, such as
-    statistics of a converted BatchNorm, are the same on domain ranks, but differ between replicas then.
+    axis is folded in, each rank takes them from the rank of the first replica with its own domain coordinate, because
+    domain ranks may have buffers of their own rows.
 
     Args:
         model: The model, on its device.
@@ -63,7 +64,9 @@ def apply_ddp(
         raise ValueError(f"apply_ddp takes the dp axis, or fold_domain(mesh); got {dp_mesh}")
     manager = manager_of(model)
     folds, group = covers_domain(dp_mesh, manager), dp_mesh.get_group()
-    if folds and not {"broadcast_buffers", _SYNC_BUFFERS} & set(options):
+    own_sync = folds and options.get("broadcast_buffers", True) and options.get(_SYNC_BUFFERS, True)
+    if folds:
+        options.pop("broadcast_buffers", None)
         options[_SYNC_BUFFERS] = False
     options.setdefault("find_unused_parameters", flag(trainer_of(conf), "find_unused_parameters"))
     start_equal(model, [group], [manager.data_parallel_group] if folds else None)
@@ -78,6 +81,8 @@ def apply_ddp(
         leave_to_others(model, [*names, *(f".{name}" for name in names if "." not in name)])
     if len(divided) < len(trained):
         wrapped = DistributedDataParallel(model, process_group=group, init_sync=False, **options)
+        if own_sync and manager.dp_world_size > 1:
+            sync_before_forward(wrapped, manager)
     _average_after_backward(divided, wrapped, group)
     model._ddp_folds_domain = folds  # type: ignore[assignment]
     return wrapped

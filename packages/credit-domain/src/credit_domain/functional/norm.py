@@ -105,7 +105,7 @@ def instance_norm(
     refuse = "Expected more than 1 spatial element when training"
     how = Normalization(tuple(range(2, x.ndim)), eps, domain.group, label, refuse)
     out, stats = normalize(x, scale, shift, how)
-    if x.shape[0]:
+    if x.shape[0]:  # after the backward's tensors are kept, as in torch: it counts where a recomputation stops
         count, mean, var = stats.reshape(3, -1, channels).unbind()
         _track(running_mean, mean.mean(0), count[0], momentum, label)
         _track(running_var, (var * (count / (count - 1))).mean(0), count[0], momentum, label)
@@ -172,11 +172,13 @@ def batch_norm_over(
     ones = [1] * (x.ndim - 2)
     scale, shift = (_affine(p, channels, [channels, *ones], label) for p in (weight, bias))
     how = Normalization((0, *range(2, x.ndim)), eps, group, label, _SINGLE_VALUE)
-    out, stats = normalize(x, scale, shift, how)
-    count, mean, var = stats.reshape(3, channels).unbind()
-    _track(running_mean, mean, count, momentum, label)
-    _track(running_var, var * (count / (count - 1)), count, momentum, label)
-    return out
+
+    def track(stats: Tensor) -> None:  # as torch's kernel does, before it keeps anything for the backward
+        count, mean, var = stats.reshape(3, channels).unbind()
+        _track(running_mean, mean, count, momentum, label)
+        _track(running_var, var * (count / (count - 1)), count, momentum, label)
+
+    return normalize(x, scale, shift, how, track)[0]
 
 
 def layer_norm(

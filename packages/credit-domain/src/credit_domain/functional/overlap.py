@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from credit_domain.domain import Domain
 from credit_domain.functional.borders import Border, Borders
 from credit_domain.functional.sharing import Reader, Shared, share, within
-from credit_halo import ops
+from credit_halo import debug, ops
 from credit_halo.fit import misfit
 from credit_halo.plan import plans
 
@@ -168,7 +168,7 @@ class _Convolve(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         out, halo, brought = forward(x, weight, bias, given, how)
         ctx.save_for_backward(x, weight, bias, halo)
-        ctx.how = how
+        ctx.how, ctx.said = how, debug.said()
         if how.shared is None:
             return out
         if not ctx.needs_input_grad[0]:
@@ -183,7 +183,8 @@ class _Convolve(torch.autograd.Function):
         if torch.is_grad_enabled():  # this is to be differentiated again
             return _differentiable_backward(ctx.how.plain, (x, weight, bias), ctx.needs_input_grad, grad)
         sizes = None if bias is None else list(bias.shape)
-        return *backward(grad, d_brought, x, weight, sizes, halo, ctx.how, ctx.needs_input_grad), None
+        with debug.backward_of(ctx.said):
+            return *backward(grad, d_brought, x, weight, sizes, halo, ctx.how, ctx.needs_input_grad), None
 
 
 def forward(

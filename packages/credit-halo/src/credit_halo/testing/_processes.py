@@ -20,7 +20,7 @@ from credit_halo.testing._errors import RankError
 
 
 def run_processes(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, group_timeout: float = 30.0
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0, group_timeout: float | None = None
 ) -> list[Any]:
     """Run ``fn(rank, *args)`` on processes that form a gloo world.
 
@@ -30,8 +30,9 @@ def run_processes(
         fn: A function that can be pickled: at the top of a module. It finds torch.distributed initialised.
         world_size: Number of processes.
         *args: Further arguments, which can be pickled.
-        timeout: Seconds after which ranks that have not finished are killed.
-        group_timeout: Seconds after which an operation of the world's group fails.
+        timeout: Seconds after which ranks that have not finished are killed; long, since a busy machine is no mistake.
+        group_timeout: Seconds after which an operation of the world's group fails; None is ``timeout``, so that a rank
+            may wait for one that compiles.
 
     Returns:
         What each rank returned, by rank; it must be possible to pickle it.
@@ -46,7 +47,15 @@ def run_processes(
         processes = []
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
-            job = (rank, world_size, os.path.join(folder, "rendezvous"), group_timeout, writer, fn, args)
+            job = (
+                rank,
+                world_size,
+                os.path.join(folder, "rendezvous"),
+                timeout if group_timeout is None else group_timeout,
+                writer,
+                fn,
+                args,
+            )
             process = context.Process(target=_main, args=job, daemon=True)
             process.start()
             writer.close()  # so that a dead process is seen as the end of its pipe

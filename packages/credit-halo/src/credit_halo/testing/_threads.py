@@ -26,7 +26,7 @@ _BACKEND = "credit_threads"
 _one_world_at_a_time = threading.Lock()
 
 
-def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
     """Run ``fn(rank, *args)`` on threads that form a world of their own.
 
     Collectives, sends and receives, sub-groups, backward and a DeviceMesh work, on CPU tensors and on those of one GPU.

@@ -81,6 +81,7 @@ def run_forecast(
         fields = [forcings.at(None if begin is None else begin + step * ahead, ahead) for step in range(steps)]
         return torch.stack(fields).to(device, experiment.dtype)
 
+    context.sync_buffers()
     training = context.model.training
     context.model.eval()
     try:

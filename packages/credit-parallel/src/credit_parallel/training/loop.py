@@ -256,6 +256,7 @@ class _Training:
         channels, statistics = self.experiment.checked.source.channels, self.experiment.known_statistics
         scores = LeadScores(channels, statistics, self.weights, self.config.rollout)
         model = self.context.model
+        self.context.sync_buffers()
         model.eval()
         seen, own = 0, len(list(sampler)) - sampler.repeated
         for fields, forcings in self.loader(samples, sampler, drop_last=False):

@@ -1,0 +1,81 @@
+"""Buffers of replicas: what each updates by its own samples is made the same before anybody looks at it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from credit_mesh import DomainParallelManager
+from credit_parallel.collectives import broadcast_tensors
+from credit_parallel.domain import manager_of
+
+logger = logging.getLogger(__name__)
+
+
+def sync_buffers(model: nn.Module, manager: DomainParallelManager | None = None) -> None:
+    """Give every replica the buffers of the first one, as DistributedDataParallel does; no weights are touched.
+
+    Each rank takes them from the rank of the first replica with its own tp and domain coordinates. So buffers that hold
+    a rank's own rows keep them, and what domain ranks have alike stays alike. The numbers are those of the first
+    replica whatever the number of domain ranks, and with DDP and FSDP2.
+
+    Args:
+        model: The model, wrapped or not.
+        manager: Whose data-parallel group takes part; None takes that of the model, or the present one.
+
+    Collectives:
+        Broadcasts over the data-parallel group; none with one replica.
+    """
+    manager = manager_of(model) if manager is None else manager
+    if manager is None or manager.dp_world_size == 1:
+        return
+    broadcast_tensors(model.buffers(), manager.data_parallel_group)
+
+
+def sync_before_forward(wrapped: DistributedDataParallel, manager: DomainParallelManager) -> None:
+    """Do what torch's ``broadcast_buffers`` does, over the replicas alone, where a wrapper spans domain ranks too."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def hook(module: nn.Module, args: object) -> None:
+        if wrapped.require_forward_param_sync:  # false after forwards without gradient, and within no_sync
+            sync_buffers(wrapped.module, manager)
+
+    wrapped.register_forward_pre_hook(hook)
+
+
+def tell_replica_statistics(model: nn.Module, replicas: int) -> list[str]:
+    """Say in the log, on the first rank, which layers take statistics of their own replica's samples.
+
+    Args:
+        model: The model, in training.
+        replicas: How many there are.
+
+    Returns:
+        The names of those layers.
+    """
+    names = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(_wrapped(part), _BatchNorm) and not isinstance(_wrapped(part), nn.SyncBatchNorm) and part.training
+    ]
+    if replicas > 1 and names and dist.get_rank() == 0:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning(
+            "%s%s: BatchNorm normalises by the samples of its own replica, so numbers depend on how many replicas "
+            "there are (%d), and validation uses the running statistics of the first one. Convert the model with "
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm for those of all samples",
+            *(", ".join(names[:3]), more, replicas),
+        )
+    return names if replicas > 1 else []
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    """What a converted layer wraps; the module itself otherwise."""
+    inner = module.__dict__.get("_wrapped", module)
+    assert isinstance(inner, nn.Module)
+    return inner
