@@ -19,7 +19,7 @@ PATIENCE = 15.0
 """Seconds that ranks have to end after one of them has failed."""
 
 ALIKE = 1.0
-"""Seconds in which ranks that find the same mistake end by themselves; the ranks that wait for the failed one do not."""
+"""Seconds in which ranks that find the same mistake end by themselves."""
 
 USERS_MISTAKE = 2
 """The exit status that :mod:`credit_parallel.cli.main` gives what it can tell in a line."""
@@ -137,7 +137,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], meeting: Path) -> Ended 
     if failed is not None and failed.status >= 0:
         # All ranks may have found the same mistake, which the first rank tells.
         deadline = time.monotonic() + ALIKE
-        while any([process.poll() is None for process in processes]) and time.monotonic() < deadline:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
         if processes[0].returncode == USERS_MISTAKE:
             failed = Ended(0, USERS_MISTAKE)
@@ -158,7 +158,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End the ranks that still run: ask them, and kill those that do not end."""
     _signal(processes, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
-    while any([process.poll() is None for process in processes]) and time.monotonic() < deadline:
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     _signal(processes, signal.SIGKILL)
     for process in processes:
