@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from credit_halo import answer_roll_calls, naming_missing_ranks
+
 RENDEZVOUS = "CREDIT_PARALLEL_RENDEZVOUS"
 """The file through which ranks of this machine meet; torchrun's ranks meet through ``MASTER_ADDR``."""
 
@@ -98,8 +100,10 @@ def joined(device: torch.device, timeout: float | None = None) -> Iterator[Place
     else:
         dist.init_process_group(backend, timeout=patience)
     try:
+        answer_roll_calls()
         yield at
-        dist.barrier()
+        with naming_missing_ranks("the end"):
+            dist.barrier()
     finally:
         dist.destroy_process_group()
     if file:
