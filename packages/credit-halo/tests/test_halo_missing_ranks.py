@@ -1,11 +1,10 @@
-"""Who is gone: a rank that has ended or was stopped is named, whatever the survivors were in; and how long they wait."""
+"""Who is gone: a rank that has ended or was stopped is named, whatever the survivors were in."""
 
 import os
 import re
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,11 +50,10 @@ def loses_one(rank: int, what: Callable[[int], None], how: str, folder: Path) ->
     except ExchangeError as error:
         (folder / f"said-{rank}.part").write_text(str(error))
         (folder / f"said-{rank}.part").rename(folder / f"said-{rank}")
-    if rank == 0:
+    if rank == 0 and how == "stops":
         while not (folder / "said-1").exists():
             time.sleep(0.05)
-        with suppress(ProcessLookupError):  # it has ended already
-            os.kill(int((folder / "pid-2").read_text()), signal.SIGKILL)
+        os.kill(int((folder / "pid-2").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -91,7 +89,7 @@ def late(rank: int) -> str:
 def test_a_rank_that_is_late_is_not_called_dead() -> None:
     said = run_processes(late, 3, timeout=200, group_timeout=120)
     for rank in (0, 1):
-        assert "does not answer" not in said[rank] and "do not answer" not in said[rank]
+        assert not re.search("do(es)? not answer", said[rank])
         assert "gave up before" in said[rank] or re.search(r"all ranks are alive.*rank 2 elsewhere", said[rank])
 
 
