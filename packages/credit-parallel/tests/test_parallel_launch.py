@@ -1,6 +1,7 @@
 """The launcher notices every rank that ends, says which it was and how, and leaves no process behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,3 +124,45 @@ def test_signals_are_passed_on(number: signal.Signals, heeded: bool, tmp_path: P
 def test_a_signal_without_a_name() -> None:
     assert str(Ended(1, -35)) == "rank 1 was killed by signal 35 (unnamed)"
     assert Ended(1, -35).exit_status == 163
+
+
+CONFIGURATION = """
+folder: {folder}/run
+data: {{options: {{height: 21, width: 8, trajectories: 1, times: 10}}}}
+model: {{name: unet, width: 8, levels: 2, groups: 2}}
+trainer: {{parallelism: {{data: ddp}}, steps: 1000000, batch_size: 3, device: cpu, timeout: 20}}
+"""
+
+
+def rank_of(process: subprocess.Popen[str], rank: int) -> int:
+    """The process of a rank that a launcher has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (found,) = [
+        int(pid)
+        for pid in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="finds ranks through /proc")
+@pytest.mark.parametrize(
+    ("how", "status", "text"),
+    [
+        (signal.SIGKILL, 137, r"rank 2 was killed by signal 9 \(SIGKILL\)"),
+        (signal.SIGSTOP, 1, r"rank 2 \(dp 2, tp 0, domain 0\) does not answer"),
+    ],
+)
+def test_a_training_ends_where_a_rank_is_lost(how: signal.Signals, status: int, text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(CONFIGURATION.format(folder=tmp_path))
+    line = [sys.executable, "-m", "credit_parallel", "train", "-c", str(tmp_path / "config.yml")]
+    process = subprocess.Popen([*line, "--ranks", "3", "--quiet"], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(rank_of(process, 2), how)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == status
+    assert re.search(text, err), err

@@ -72,10 +72,9 @@ def naming_missing_ranks(what: str) -> Iterator[None]:
         if not between_ranks(error):
             raise
         where = f"rank {dist.get_rank()} of {dist.get_world_size()}, {', '.join(doing)}"
+        seconds = time.monotonic() - began
         verdict = call_the_roll()
-        raise ExchangeError(
-            f"{where}: {verdict + '. ' if verdict else ''}After {time.monotonic() - began:.0f} s: {error}"
-        ) from error
+        raise ExchangeError(f"{where}: {verdict + '. ' if verdict else ''}After {seconds:.0f} s: {error}") from error
     finally:
         doing.pop()
 
