@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds that a living rank has to answer; it looks for calls more often than that."""
+
+TRIES = 3
+"""How often the store may fail in a row before a thread gives it up: the program has ended, or its first rank has."""
 
 RANKS_PER_SECOND = 1000
 """How many ranks may ask the store in a second, so that large worlds do not keep it busy."""
@@ -54,7 +58,7 @@ class _Answers:
 
     def _run(self) -> None:
         store = own_connection(self.store)
-        number = 0
+        number = failures = 0
         while not self._stop.wait(self.period):
             world = self._world()
             if world is None or not dist.is_initialized() or dist.group.WORLD is not world:
@@ -64,15 +68,22 @@ class _Answers:
                 while store.check([f"call/{number}"]):
                     store.set(f"call/{number}/{self.rank}", ", ".join(tuple(doing)))
                     number += 1
+                failures = 0
             except RuntimeError as error:
-                logger.debug("no more calls are answered: %s", error)
-                break
+                failures += 1
+                if failures == TRIES:
+                    logger.debug("no more calls are answered: %s", error)
+                    break
         atexit.unregister(self.stop)
 
 
 def own_connection(store: Any) -> Any:
     """A connection for one thread: a thread that waits in the store keeps the others out of its connection."""
-    return store.clone() if hasattr(store, "clone") else store
+    if not hasattr(store, "clone"):
+        return store
+    own = store.clone()
+    own.set_timeout(timedelta(seconds=PATIENCE))  # the rank that keeps the store may be the one that is gone
+    return own
 
 
 def answer_roll_calls() -> None:
