@@ -18,7 +18,7 @@ from credit_parallel.training.distributed import RENDEZVOUS, left_properly
 PATIENCE = 15.0
 """Seconds that ranks have to end after one of them has failed."""
 
-ALIKE = 1.0
+ALIKE = 5.0
 """Seconds in which ranks that find the same mistake end by themselves."""
 
 USERS_MISTAKE = 2
@@ -134,7 +134,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], meeting: Path) -> Ended 
         if failed is not None or None not in statuses:
             break
         time.sleep(0.05)
-    if failed is not None and failed.status >= 0:
+    if failed is not None and failed.status == USERS_MISTAKE:
         # All ranks may have found the same mistake, which the first rank tells.
         deadline = time.monotonic() + ALIKE
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
