@@ -8,9 +8,11 @@ from credit_halo._version import __version__
 from credit_halo.collectives import all_mean, all_sum, broadcast, gather_rows, scatter_rows
 from credit_halo.edges import EdgeRule, Span, constant, pole_crossing
 from credit_halo.exchange import PendingRows, exchange_rows, post_rows, repartition_rows, take_rows
-from credit_halo.faults import ExchangeError
+from credit_halo.faults import ExchangeError, naming_missing_ranks
 from credit_halo.halo_exchange import HaloExchange
 from credit_halo.plan import ExchangePlan, Message, Need, Placement, plan_halo, plan_repartition, plan_rows
+from credit_halo.roll_call import answer_roll_calls
+from credit_halo.timeouts import as_timeout, set_timeouts
 
 __all__ = [
     "EdgeRule",
@@ -25,10 +27,13 @@ __all__ = [
     "__version__",
     "all_mean",
     "all_sum",
+    "answer_roll_calls",
+    "as_timeout",
     "broadcast",
     "constant",
     "exchange_rows",
     "gather_rows",
+    "naming_missing_ranks",
     "plan_halo",
     "plan_repartition",
     "plan_rows",
@@ -36,5 +41,6 @@ __all__ = [
     "post_rows",
     "repartition_rows",
     "scatter_rows",
+    "set_timeouts",
     "take_rows",
 ]

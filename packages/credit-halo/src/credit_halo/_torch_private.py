@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,34 @@ def group_by_name(name: str) -> ProcessGroup:
     where ranks run as threads, which a table of our own would not.
     """
     return distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return, arg-type, unused-ignore]
+
+
+def store_of_world(prefix: str) -> Any:
+    """A part of the store through which the ranks met: the only way to ask who is alive once a collective has failed.
+
+    A program that calls ``init_process_group`` without a store has no public way to the one that was made for it.
+    """
+    return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+
+
+def groups_of_process() -> list[ProcessGroup]:
+    """All groups that this process is a member of, those too that DeviceMesh made for itself; nothing public tells."""
+    return list(distributed_c10d._world.pg_map)
+
+
+def change_timeout(group: ProcessGroup, timeout: timedelta) -> bool:
+    """Set the timeout of a group that there is already; whether its backend has one.
+
+    The method of the group is younger than torch 2.8, and what came before it is private.
+    """
+    try:
+        if hasattr(group, "set_timeout"):
+            group.set_timeout(timeout)
+        else:
+            distributed_c10d._set_pg_timeout(timeout, group)
+    except (RuntimeError, NotImplementedError):  # ranks as threads
+        return False
+    return True
 
 
 _waiting: list[Any] = []

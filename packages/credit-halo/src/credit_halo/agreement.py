@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from credit_halo._gloo_threads import wait_their_turn
 from credit_halo.faults import break_group, refuse_broken
+from credit_halo.roll_call import answer_roll_calls
 
 _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 
@@ -58,6 +59,7 @@ def agree(
     if problem is None and has_agreed(group, key):
         return None
     wait_their_turn(group)
+    answer_roll_calls()
     refuse_broken(group, what)
     said = describe()
     checksum = int.from_bytes(hashlib.sha1(f"{problem}|{said}".encode(), usedforsecurity=False).digest()[:7], "big")

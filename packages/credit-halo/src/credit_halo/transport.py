@@ -17,6 +17,7 @@ from credit_halo import debug
 from credit_halo.faults import break_group, refuse_broken
 from credit_halo.plan import ExchangePlan, Message
 from credit_halo.rows import collect_for, pack
+from credit_halo.timeouts import wait_for
 
 
 @dataclass
@@ -49,10 +50,10 @@ class InFlight:
         """
         for whom, work in self.works:
             try:
-                done = work.wait()
+                done = wait_for(work, self.group, self.buffer)
             except RuntimeError as error:
                 self._fail(whom, error)
-            if done is False:
+            if not done:
                 self._fail(whom, RuntimeError("it did not complete"))
         if debug.enabled():
             sent, received = directions(self.plan, self.adjoint)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
+from credit_halo import naming_missing_ranks
 from credit_halo.agreement import agree
 from credit_halo.transport import as_bytes
 from credit_parallel.contract import device_of
@@ -22,6 +23,7 @@ BUCKET_BYTES = 1 << 26
 # Averages
 
 
+@naming_missing_ranks("averaging over ranks")
 @torch.no_grad()
 def all_reduce_avg(t: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Average a tensor over ranks, in place, on any backend; no gradient flows through it.
@@ -51,6 +53,7 @@ def all_reduce_avg(t: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return t
 
 
+@naming_missing_ranks("averaging gradients")
 @torch.no_grad()
 def allreduce_grads_avg(grads: Iterable[Tensor | None], group: ProcessGroup | None = None) -> None:
     """Average gradients over ranks, in place.
@@ -77,6 +80,7 @@ def allreduce_grads_avg(grads: Iterable[Tensor | None], group: ProcessGroup | No
         _in_buckets(map(local_of, present), lambda flat: _average(flat, ranks, group))
 
 
+@naming_missing_ranks("giving every rank the same weights")
 @torch.no_grad()
 def broadcast_tensors(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> None:
     """Give every rank the values of the group's first rank, in place.
@@ -214,6 +218,7 @@ def _ranks_in(group: ProcessGroup | None, what: str) -> int:
 # Norms
 
 
+@naming_missing_ranks("norm of the gradients")
 @torch.no_grad()
 def total_grad_norm(
     grads: Iterable[Tensor | None], norm_type: float = 2.0, *, error_if_nonfinite: bool = False
@@ -242,6 +247,7 @@ def total_grad_norm(
     return _total_norm([(grad, grad) for grad in grads if grad is not None], norm_type, error_if_nonfinite)
 
 
+@naming_missing_ranks("norm of the gradients")
 @torch.no_grad()
 def clip_grad_norm_(
     params: Iterable[Tensor] | Tensor,

@@ -13,6 +13,9 @@ import yaml
 
 from credit_mesh import ParallelismConfig
 
+LONGEST = 1e8
+"""The longest timeout, in seconds: three years."""
+
 EMBEDDED = "rossby-haurwitz"
 """The data set that needs no file."""
 
@@ -92,6 +95,10 @@ class TrainerConfig:
         keep: Checkpoints to keep.
         log_every: Steps between lines of the log.
         tensorboard: Whether to write for TensorBoard too.
+        timeout: Seconds that ranks wait for each other once training runs; a rank that is dead or stopped ends the run
+            within them.
+        startup_timeout: The same until the first step is done, while kernels compile and files are read for the first
+            time; never less than ``timeout``.
     """
 
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
@@ -119,6 +126,13 @@ class TrainerConfig:
     keep: int = 3
     log_every: int = 1
     tensorboard: bool = False
+    timeout: float = 600.0
+    startup_timeout: float = 1800.0
+
+    @property
+    def first_timeout(self) -> float:
+        """Seconds that ranks wait for each other until the first step is done."""
+        return max(self.timeout, self.startup_timeout)
 
 
 @dataclass(frozen=True)
@@ -308,11 +322,21 @@ def _trainer(block: _Block) -> TrainerConfig:
         keep=block.integer("keep", default.keep, least=1),
         log_every=block.integer("log_every", 1, least=1),
         tensorboard=block.flag("tensorboard"),
+        timeout=_timeout(block, "timeout", default.timeout),
+        startup_timeout=_timeout(block, "startup_timeout", default.startup_timeout),
     )
     block.done()
     if trainer.amp and trainer.dtype == "float64":
         raise ValueError("trainer.amp computes in bfloat16, which is of no use with trainer.dtype: float64")
     return trainer
+
+
+def _timeout(block: _Block, key: str, default: float) -> float:
+    value = block.take(key, default)
+    # Longer than what a timer of torch holds would be taken for no time at all.
+    if not _is_number(value) or not 0 < value <= LONGEST:
+        raise block.problem(key, value, f"a number of seconds above 0, {LONGEST:.0e} at most")
+    return float(value)
 
 
 def _is_integer(value: Any) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_domain import gather_tensor, shard_batch, shard_tensor
-from credit_halo import all_mean
+from credit_halo import all_mean, answer_roll_calls, as_timeout, naming_missing_ranks, set_timeouts
 from credit_mesh import (
     DomainParallelManager,
     ParallelismConfig,
@@ -56,6 +57,7 @@ class ParallelContext:
         mesh: The device mesh; None for a single rank.
         manager: The domain-parallel manager; None without torch.distributed.
         check_batches: How many more batches to compare between the ranks that must read the same.
+        timeout: How long ranks wait for each other after the first step; None leaves the timeouts of the groups.
     """
 
     model: nn.Module
@@ -65,6 +67,8 @@ class ParallelContext:
     manager: DomainParallelManager | None = None
     check_batches: int = 3
     _told: bool = field(default=False, repr=False)
+    timeout: timedelta | None = None
+    _starting: bool = field(default=True, init=False, repr=False)
 
     # Data
 
@@ -133,21 +137,28 @@ class ParallelContext:
     def accumulate(self, last: bool = True) -> Iterator[None]:
         """Around the forward and backward of each of several batches: no gradients are sent before the last.
 
+        With one batch a step it is of use too: if a rank ends or stops in the forward or the backward, under DDP and
+        FSDP2 as well, the error names it.
+
         .. code-block:: python
 
             for i, batch in enumerate(batches):
                 with context.accumulate(last=i == len(batches) - 1):
                     (loss_of(batch) / len(batches)).backward()
             context.step(optimizer)
+
+        Raises:
+            ExchangeError: If a rank has ended, or did not answer within the timeout.
         """
         inner = self.model
-        if isinstance(inner, DistributedDataParallel) and not last:
-            with inner.no_sync():
-                yield
-            return
-        if isinstance(inner, FSDPModule):
-            inner.set_requires_gradient_sync(last)
-        yield
+        with naming_missing_ranks("forward and backward"):
+            if isinstance(inner, DistributedDataParallel) and not last:
+                with inner.no_sync():
+                    yield
+                return
+            if isinstance(inner, FSDPModule):
+                inner.set_requires_gradient_sync(last)
+            yield
 
     def sync_gradients(self) -> None:
         """After the backward: average gradients over the domain ranks, unless FSDP2 or DDP did.
@@ -155,6 +166,10 @@ class ParallelContext:
         Collectives:
             Those of :func:`credit_parallel.domain.sync_domain_gradients`.
         """
+        with naming_missing_ranks("averaging gradients"):
+            self._sync_gradients()
+
+    def _sync_gradients(self) -> None:
         sync_domain_gradients(self.model, self.manager)
         if self.mesh is not None and self.layout.tp > 1:
             sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
@@ -165,7 +180,8 @@ class ParallelContext:
         Collectives:
             A sum over each group of ranks that gradients are divided over.
         """
-        return clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
+        with naming_missing_ranks("norm of the gradients"):
+            return clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> Tensor:
         """Synchronise the gradients, clip them, take a step and clear them.
@@ -179,16 +195,25 @@ class ParallelContext:
 
         Raises:
             ValueError: On all ranks alike, if it is not finite; no step is taken.
+            ExchangeError: If a rank has ended, or did not answer within the timeout.
         """
         if not self._told:
             self._told = True
             tell_replica_statistics(get_raw_model(self.model), self.layout.dp)
-        self.sync_gradients()
-        norm = self.clip_grad_norm_(float("inf") if max_norm is None else max_norm)
-        check_finite(norm, what="the norm of the gradients", raises=True)
-        optimizer.step()
+        with naming_missing_ranks("step"):
+            self.sync_gradients()
+            norm = self.clip_grad_norm_(float("inf") if max_norm is None else max_norm)
+            check_finite(norm, what="the norm of the gradients", raises=True)
+            optimizer.step()
         optimizer.zero_grad()
+        self.end_startup()
         return norm
+
+    def end_startup(self) -> None:
+        """From now on ranks wait for each other no longer than ``timeout``; the first :meth:`step` calls it."""
+        if self._starting and self.timeout is not None:
+            set_timeouts(self.timeout)
+        self._starting = False
 
     def check_finite(self, loss: Tensor) -> bool:
         """Whether a loss is finite on every rank; the same answer on each."""
@@ -234,6 +259,8 @@ def parallelize(
     device: str | None = None,
     shard_dim: int = -2,
     check_batches: int = 3,
+    timeout: float | timedelta | None = None,
+    startup_timeout: float | timedelta | None = None,
     **convert: Any,
 ) -> ParallelContext:
     """Put a model for one GPU on a mesh of ranks: domain, tensor and data parallel, in the order that is right.
@@ -248,18 +275,24 @@ def parallelize(
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.
         check_batches: How many batches to compare between ranks that must read the same.
+        timeout: How long ranks wait for each other from the first :meth:`ParallelContext.step` on, in seconds or as a
+            timedelta, in every group of this process; None takes ``trainer.timeout`` of the configuration, and without
+            one leaves the timeouts of the groups as they are.
+        startup_timeout: The same until then; None takes ``trainer.startup_timeout``, or 30 minutes. It is never less
+            than ``timeout``.
         **convert: Those of :func:`credit_domain.convert.convert_to_domain_parallel`: ``custom_converters``, ``local``,
             ``input_shape``, ``window_sizes``.
 
     Raises:
-        ValueError: If the block does not fit the number of ranks; if modules of the model are refused by the
-            converter, or tensor-parallel declarations do not fit; on all ranks alike.
+        ValueError: If the block does not fit the number of ranks; if a timeout is no positive time; if modules of the
+            model are refused by the converter, or tensor-parallel declarations do not fit; on all ranks alike.
 
     Collectives:
         Creates process groups; broadcasts of the weights.
     """
     whole = {"trainer": {"parallelism": conf.to_dict()}} if isinstance(conf, ParallelismConfig) else conf
     config = ParallelismConfig.from_block(parse_parallelism_conf(whole))
+    longest, first = _timeouts(trainer_of(whole), timeout, startup_timeout)
     if not (dist.is_available() and dist.is_initialized()):
         if config.tensor * config.domain > 1:
             raise ValueError(
@@ -268,19 +301,22 @@ def parallelize(
             )
         if flag(trainer_of(whole), "activation_checkpoint"):
             _apply_activation_checkpointing(model, whole)
-        return ParallelContext(model, config, RankLayout(), check_batches=0)
+        return ParallelContext(model, config, RankLayout(), check_batches=0, timeout=longest)
     world = dist.get_world_size()
     layout = config.layout(world)
     kind = device or next((p.device.type for p in model.parameters()), "cpu")
+    answer_roll_calls()
     mesh, axes = build_device_mesh(config.to_dict(), device=kind)
+    folded = fold_domain(mesh)
     manager = initialize_domain_parallel(world, config.domain, shard_dim, tensor_parallel_size=config.tensor, mesh=mesh)
+    if first is not None:
+        set_timeouts(first)
     if layout.dp > 1:
         register_dp_group(manager.data_parallel_group)
     # Layers first, since conversion replaces modules; then what divides their parameters; then what watches gradients.
     model = apply_domain_parallel(model, manager, shard_dim, **convert)
     if axes.get("tp") is not None:
         model = apply_tensor_parallel(model, axes["tp"])
-    folded = fold_domain(mesh)
     if layout.tp > 1:  # whose ranks have the same samples, or other channels
         group = manager.data_parallel_group if folded is None else folded.get_group()
         for part in model.modules():
@@ -293,5 +329,23 @@ def parallelize(
             _apply_activation_checkpointing(model, whole)
         if config.data == "ddp":
             model = apply_ddp(model, folded, whole)
+    if first is not None:
+        set_timeouts(first)  # of the groups too that were made meanwhile
     logger.info("%s on %s: %s", type(model).__name__, kind, layout)
-    return ParallelContext(model, config, layout, mesh, manager, check_batches)
+    return ParallelContext(model, config, layout, mesh, manager, check_batches, longest)
+
+
+STARTUP = timedelta(minutes=30)
+
+
+def _timeouts(
+    trainer: Mapping[str, Any], timeout: float | timedelta | None, startup: float | timedelta | None
+) -> tuple[timedelta | None, timedelta | None]:
+    """The timeout of a running training and that of its start; None leaves them."""
+    timeout = trainer.get("timeout") if timeout is None else timeout
+    startup = trainer.get("startup_timeout") if startup is None else startup
+    running = None if timeout is None else as_timeout(timeout)
+    first = None if startup is None else as_timeout(startup, "startup_timeout")
+    if running is not None:
+        first = max(running, STARTUP if first is None else first)
+    return running, first

@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from credit_halo import naming_missing_ranks
 from credit_mesh import (
     AXES,
     Coords,
@@ -83,6 +84,7 @@ def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
     return layout, layout.coords(rank) if coords is None else coords
 
 
+@naming_missing_ranks("comparing batches")
 def check_batch(
     batch: Any,
     where: Where = None,
@@ -145,6 +147,7 @@ def check_batch(
         )
 
 
+@naming_missing_ranks("looking for values that are not finite")
 def check_finite(
     value: Tensor | float, group: ProcessGroup | None = None, *, what: str = "the loss", raises: bool = False
 ) -> bool:
@@ -179,6 +182,7 @@ def check_finite(
     return everywhere
 
 
+@naming_missing_ranks("comparing numbers")
 def gather_numbers(numbers: Sequence[int], group: ProcessGroup | None = None) -> list[list[int]]:
     """Some integers of each rank, on every rank; as many on each."""
     if not (dist.is_available() and dist.is_initialized()):

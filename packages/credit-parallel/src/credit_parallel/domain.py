@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from credit_domain import manager as manager_module
 from credit_domain.domain import domain_of, sizes_of
 from credit_domain.sharding import gather_tensor, shard_tensor
-from credit_halo import take_rows
+from credit_halo import naming_missing_ranks, take_rows
 from credit_halo.agreement import agree
 from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_parallel
 from credit_parallel._torch_private import root_of
@@ -224,6 +224,7 @@ def _partition_of(manager: Any, rows: int) -> RowPartition:
 
 
 @torch.no_grad()
+@naming_missing_ranks("averaging gradients over the domain ranks")
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:
     """Average gradients over the domain ranks, in place, after the backward; together with FSDP2 and DDP, once.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_domain.domain import ALONE, domain_of, new_layer, sizes_of
+from credit_halo import naming_missing_ranks
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 from credit_parallel.contract import device_of, gather_numbers
 from credit_parallel.losses import own_weights
@@ -380,6 +381,7 @@ def _weighted(x: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     return x * weights if mask is None else torch.where(mask, x * weights, 0.0)
 
 
+@naming_missing_ranks("adding up a metric")
 def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
     total = x.to(device_of(group), copy=True)
     dist.all_reduce(total, group=group)

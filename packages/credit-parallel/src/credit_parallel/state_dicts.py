@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from credit_halo import naming_missing_ranks
 from credit_parallel.contract import device_of
 from credit_parallel.domain import get_raw_model
 
@@ -232,6 +233,7 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+@naming_missing_ranks("sending a value from the first rank")
 def from_first(value: Any) -> Any:
     """What the first rank of the world has."""
     if not dist.is_initialized():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from credit_halo import naming_missing_ranks
 from credit_mesh import RankLayout
 from credit_parallel.checkpoint import folders
 from credit_parallel.checkpoint.folders import CheckpointError, Manifest
@@ -72,6 +73,7 @@ class Opened(NamedTuple):
         return self.files.fetch(name, chunk).clone()
 
 
+@naming_missing_ranks("loading a checkpoint")
 def load_checkpoint(
     folder: str | os.PathLike[str],
     target: ParallelContext | nn.Module,

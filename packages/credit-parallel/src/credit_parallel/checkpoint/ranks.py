@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from credit_halo import ExchangeError, naming_missing_ranks
 from credit_mesh import RankLayout
 from credit_parallel.checkpoint.folders import CheckpointError
 from credit_parallel.contract import gather_numbers, place_of
@@ -47,7 +48,10 @@ def together(what: str) -> Iterator[None]:
     """
     problem: Exception | None = None
     try:
-        yield
+        with naming_missing_ranks(what):
+            yield
+    except ExchangeError:  # ranks that cannot be reached cannot be told either
+        raise
     except Exception as error:
         problem = error
     if not is_distributed():
@@ -59,12 +63,14 @@ def together(what: str) -> Iterator[None]:
             raise problem
         return
     kind = 0 if problem is None else 1 if isinstance(problem, ValueError) else 2
-    kinds = [kind for (kind,) in gather_numbers([kind])]
+    with naming_missing_ranks(what):
+        kinds = [kind for (kind,) in gather_numbers([kind])]
     if not any(kinds):
         return
     texts: list[str] = [""] * len(kinds)
     text = str(problem) if isinstance(problem, (ValueError, CheckpointError)) else repr(problem)
-    dist.all_gather_object(texts, text if problem is not None else "")
+    with naming_missing_ranks(what):
+        dist.all_gather_object(texts, text if problem is not None else "")
     ranks: dict[str, list[str]] = {}
     for rank, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
         if kind:

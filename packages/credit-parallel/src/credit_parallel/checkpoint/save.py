@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
+from credit_halo import naming_missing_ranks
 from credit_mesh import RankLayout
 from credit_parallel.checkpoint import folders
 from credit_parallel.checkpoint.folders import CheckpointError
@@ -41,6 +42,7 @@ PATIENCE = 300.0
 _unfinished: dict[int, Save] = {}  # by rank, since ranks may be threads
 
 
+@naming_missing_ranks("saving a checkpoint")
 def save_checkpoint(
     folder: str | os.PathLike[str],
     target: ParallelContext | nn.Module,
@@ -156,6 +158,7 @@ class Save:
         """Whether this rank has nothing left to do; on the first rank, whether the checkpoint is complete or failed."""
         return self._thread is None or not self._thread.is_alive()
 
+    @naming_missing_ranks("saving a checkpoint")
     def wait(self) -> Path:
         """Wait until the checkpoint is complete; every rank calls it.
 

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_rank() and args.ranks > 1:
         return run_ranks(args.arguments, args.ranks)
     device = device_named(config.trainer.device, at.local_rank)
-    with joined(device):
+    with joined(device, config.trainer.first_timeout):
         _forecast(checked, saved, device, starts, steps, args, picture, first=at.rank == 0)
     return 0
 

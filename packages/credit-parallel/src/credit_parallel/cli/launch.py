@@ -11,14 +11,45 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO, NamedTuple
 
-from credit_parallel.training.distributed import RENDEZVOUS
+from credit_parallel.training.distributed import RENDEZVOUS, left_properly
 
 PATIENCE = 15.0
-"""Seconds that ranks have to end after one of them has failed, or all were asked to."""
+"""Seconds that ranks have to end after one of them has failed."""
+
+ALIKE = 5.0
+"""Seconds in which ranks that find the same mistake end by themselves."""
 
 USERS_MISTAKE = 2
 """The exit status that :mod:`credit_parallel.cli.main` gives what it can tell in a line."""
+
+
+class Ended(NamedTuple):
+    """The rank that failed first.
+
+    Attributes:
+        rank: Its number.
+        status: Its exit status, of the kind that ``subprocess`` gives: negative for a signal.
+        early: Whether it ended with 0 before the ranks had finished together.
+    """
+
+    rank: int
+    status: int
+    early: bool = False
+
+    def __str__(self) -> str:
+        """Return what happened, in one line."""
+        if self.early:
+            return f"rank {self.rank} ended with status 0 before the ranks had finished together"
+        if self.status < 0:
+            return f"rank {self.rank} was killed by signal {-self.status} ({_name_of(-self.status)})"
+        return f"rank {self.rank} ended with status {self.status}"
+
+    @property
+    def exit_status(self) -> int:
+        """The status as shells tell it, which is never 0."""
+        return 128 - self.status if self.status < 0 else self.status or 1
 
 
 def is_rank() -> bool:
@@ -30,7 +61,8 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
     """Run ``credit-parallel`` with the same arguments on several ranks, which meet through a file.
 
     The first rank writes to this terminal; what the others write is shown if they fail. SIGTERM and Ctrl-C are passed
-    on. When a rank fails, the others are ended.
+    on. When a rank fails, is killed, or ends before the ranks have finished together, that is told in a line, and the
+    others are ended.
 
     Args:
         arguments: Those of the command line.
@@ -39,67 +71,115 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
     Returns:
         The exit status of the first rank that failed; 0 if none did.
     """
+    return start_and_watch([sys.executable, "-m", "credit_parallel", *arguments], ranks)
+
+
+def start_and_watch(command: Sequence[str], ranks: int) -> int:
+    """Run a command on several ranks; see :func:`run_ranks`."""
+    processes: list[subprocess.Popen[bytes]] = []
+    passed_on: set[int] = set()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.add(number)
+        _signal(processes, number)
+
     with tempfile.TemporaryDirectory(prefix="credit-parallel-") as folder:
-        shared = {
-            **os.environ,
-            RENDEZVOUS: str(Path(folder) / "rendezvous"),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        command = [sys.executable, "-m", "credit_parallel", *arguments]
+        meeting = Path(folder) / "rendezvous"
         outputs = [None if rank == 0 else (Path(folder) / f"{rank}.txt").open("w+b") for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                command,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
-            )
-            for rank, output in enumerate(outputs)
-        ]
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            _signal(processes, number)
-
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            failed = _wait(processes)
+            for rank, output in enumerate(outputs):
+                processes.append(_start(command, rank, ranks, meeting, output))
+                for number in tuple(passed_on):  # which came while ranks were being started
+                    processes[-1].send_signal(number)
+            failed = _wait(processes, meeting)
         finally:
+            _end(processes)
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if failed is not None and (output := outputs[failed]) is not None:
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-            print(f"[rank {failed} of {ranks}]\n{text}", file=sys.stderr)
+        if failed is not None and -failed.status not in passed_on:
+            _tell(failed, ranks, outputs[failed.rank])
         for output in outputs:
             if output is not None:
                 output.close()
-    if failed is None:
-        return 0
-    status = processes[failed].returncode
-    return status if status > 0 else 128 - status  # ended by a signal, as shells tell it
+    return 0 if failed is None else failed.exit_status
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all; the rank that failed first, after which the others are ended."""
-    failed: int | None = None
-    deadline = float("inf")
-    while any(process.poll() is None for process in processes):
-        if failed is None:
-            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-            if failed is not None:
-                deadline = time.monotonic() + PATIENCE
-                # Ranks that find the same mistake end by themselves; those that wait for the failed one do not.
-                time.sleep(1)
-                _signal(processes, signal.SIGTERM)
-        elif time.monotonic() > deadline:
-            _signal(processes, signal.SIGKILL)
+def _start(
+    command: Sequence[str], rank: int, ranks: int, meeting: Path, output: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        RENDEZVOUS: str(meeting),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
+    )
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], meeting: Path) -> Ended | None:
+    """Wait until all ranks have ended, or one has failed; return the rank that failed first."""
+    while True:
+        statuses = [process.poll() for process in processes]  # of every rank: the first one may wait for a later one
+        failed = _failed(statuses, meeting)
+        if failed is not None or None not in statuses:
+            break
         time.sleep(0.05)
-    if processes[0].returncode == USERS_MISTAKE:
-        return 0  # which all have found, and the first rank has told
-    return failed if failed is not None else next((rank for rank, p in enumerate(processes) if p.returncode), None)
+    if failed is not None and failed.status == USERS_MISTAKE:
+        # All ranks may have found the same mistake, which the first rank tells.
+        deadline = time.monotonic() + ALIKE
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if processes[0].returncode == USERS_MISTAKE:
+            failed = Ended(0, USERS_MISTAKE)
+    return failed
+
+
+def _failed(statuses: Sequence[int | None], meeting: Path) -> Ended | None:
+    """The rank that failed, among those that were found in one round: a killed one before those that noticed."""
+    found = [
+        Ended(rank, status, early=status == 0)
+        for rank, status in enumerate(statuses)
+        if status is not None and (status != 0 or not left_properly(meeting, rank))
+    ]
+    return min(found, key=lambda ended: (ended.status >= 0, ended.early), default=None)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the ranks that still run: ask them, and kill those that do not end."""
+    _signal(processes, signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal(processes, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def _tell(failed: Ended, ranks: int, output: IO[bytes] | None) -> None:
+    if output is not None:
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+        if text.strip():
+            print(f"[rank {failed.rank} of {ranks}]\n{text}", file=sys.stderr)
+    if failed != Ended(0, USERS_MISTAKE):  # of which the first rank has told
+        print(f"credit-parallel: {failed}; the other ranks were ended", file=sys.stderr, flush=True)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return "unnamed"
 
 
 def _signal(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:

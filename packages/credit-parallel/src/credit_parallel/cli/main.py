@@ -24,13 +24,14 @@ numbers are those of one rank.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for a user's mistake, which is told in one line."""
+    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each told in a line."""
     parser = _parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format=f"[rank {rank}] %(message)s")
     args.arguments = arguments
+    from credit_halo import ExchangeError
     from credit_parallel.checkpoint.folders import CheckpointError
 
     try:
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"[rank {rank}] " if rank else ""
         print(f"{where}{parser.prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ExchangeError as error:
+        if args.verbose:
+            raise
+        print(f"[rank {rank}] {parser.prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # a reader such as `head` has seen enough; what is left must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_rank() and ranks > 1:
         return run_ranks(args.arguments, ranks)
     device = device_named(config.trainer.device, at.local_rank)
-    with joined(device):
+    with joined(device, config.trainer.first_timeout):
         from credit_parallel.cli.show import Bar
         from credit_parallel.training.loop import Reporter, train
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from credit_halo import naming_missing_ranks
 from credit_halo.agreement import agree
 from credit_mesh import DomainParallelManager
 from credit_parallel.contract import device_of
@@ -84,6 +85,7 @@ class Statistics:
 _KEYS = ("mean", "std", "increment")
 
 
+@naming_missing_ranks("statistics")
 def compute_statistics(
     source: Source,
     times: Sequence[int],

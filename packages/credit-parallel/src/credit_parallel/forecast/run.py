@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from credit_halo import naming_missing_ranks
 from credit_parallel.checkpoint.ranks import together
 from credit_parallel.contract import place_of
 from credit_parallel.data.forcings import Forcings
@@ -20,6 +21,7 @@ from credit_parallel.training.scores import LeadScores
 WHAT = "forecast"
 
 
+@naming_missing_ranks("forecast")
 def run_forecast(
     experiment: Experiment,
     starts: Sequence[int],
@@ -108,6 +110,7 @@ def run_forecast(
                             writer.write(index, step, fields)
                     if writer is not None and ((step + 1) % writer.leads_held == 0 or step + 1 == steps):
                         writer.flush()
+                context.end_startup()
                 if progress is not None:
                     progress(min(first + layout.dp, len(starts)))
     finally:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from credit_halo import naming_missing_ranks
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, together
 from credit_parallel.contract import device_of, gather_numbers, place_of
@@ -135,6 +136,7 @@ class ForecastWriter:
         if self._at.tp == 0:
             self._held.append((start, lead, fields.detach().to("cpu", torch.float32, copy=True)))
 
+    @naming_missing_ranks("writing a forecast")
     def flush(self) -> None:
         """Write what :meth:`write` has taken; every rank must call it, one without fields too.
 
@@ -157,6 +159,7 @@ class ForecastWriter:
             raise
         self._held.clear()
 
+    @naming_missing_ranks("writing a forecast")
     def close(self) -> Path:
         """Write what is left, and give the file its name; every rank must call it.
 

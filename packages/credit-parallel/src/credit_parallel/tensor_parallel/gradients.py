@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from credit_halo import naming_missing_ranks
 from credit_parallel.tensor_parallel.parameters import divided_parameters
 
 CHECKED_CALLS = 8
@@ -17,6 +18,7 @@ _ABSOLUTE = 1e-5
 """Of the largest norm of all."""
 
 
+@naming_missing_ranks("comparing gradients of tensor-parallel ranks")
 def sync_replicated_gradients(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Make sure that the tp ranks have the same gradients of the parameters that they hold alike.
 

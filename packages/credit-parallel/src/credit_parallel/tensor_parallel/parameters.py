@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from credit_domain.layers import DomainParallelLayer
+from credit_halo import naming_missing_ranks
 from credit_halo._torch_private import group_by_name
 from credit_halo.transport import as_bytes
 from credit_parallel.tensor_parallel.region import copy_to_region
@@ -67,6 +68,7 @@ def _divide_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
             state[prefix + name] = slice_of(value.detach(), own.device_mesh, dim)
 
 
+@naming_missing_ranks("giving every rank the same weights")
 def broadcast_all(model: nn.Module, mesh: DeviceMesh) -> None:
     """Give every tp rank the parameters and buffers of the first one.
 

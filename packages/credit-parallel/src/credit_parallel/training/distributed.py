@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from credit_halo import answer_roll_calls, naming_missing_ranks
 
 RENDEZVOUS = "CREDIT_PARALLEL_RENDEZVOUS"
 """The file through which ranks of this machine meet; torchrun's ranks meet through ``MASTER_ADDR``."""
@@ -58,14 +62,25 @@ def device_named(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def left_properly(meeting: Path, rank: int) -> bool:
+    """Whether a rank that met others through a file has finished together with them."""
+    return _mark(meeting, rank).exists()
+
+
+def _mark(meeting: Path, rank: int) -> Path:
+    return meeting.with_name(f"{meeting.name}.left-{rank}")
+
+
 @contextmanager
-def joined(device: torch.device) -> Iterator[Place]:
+def joined(device: torch.device, timeout: float | None = None) -> Iterator[Place]:
     """Ranks that were started together, as a torch.distributed world; a single rank goes without.
 
     The backend is NCCL on GPUs (gloo beside it for what lies in CPU memory), and gloo on CPUs.
 
     Args:
         device: Of this rank.
+        timeout: Seconds that ranks wait for each other, when they meet and in the world's group; None takes torch's
+            default.
     """
     at = place()
     if device.type == "cuda":
@@ -76,12 +91,20 @@ def joined(device: torch.device) -> Iterator[Place]:
         yield at
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if file := os.environ.get(RENDEZVOUS):
-        dist.init_process_group(backend, init_method=f"file://{file}", rank=at.rank, world_size=at.world_size)
+    file = os.environ.get(RENDEZVOUS)
+    patience = None if timeout is None else timedelta(seconds=timeout)
+    if file:
+        dist.init_process_group(
+            backend, init_method=f"file://{file}", rank=at.rank, world_size=at.world_size, timeout=patience
+        )
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     try:
+        answer_roll_calls()
         yield at
-        dist.barrier()
+        with naming_missing_ranks("the end"):
+            dist.barrier()
     finally:
         dist.destroy_process_group()
+    if file:
+        _mark(Path(file), at.rank).touch()  # the launcher tells by it that the rank did not end early

@@ -232,6 +232,8 @@ def prepare(checked: Checked, device: torch.device) -> Experiment:
             "amp": trainer.amp,
             "activation_checkpoint": trainer.activation_checkpoint,
             "fsdp2_blocks": list(trainer.fsdp2_blocks),
+            "timeout": trainer.timeout,
+            "startup_timeout": trainer.first_timeout,
         }
     }
     shape = (1, checked.in_channels, grid.height, grid.width)

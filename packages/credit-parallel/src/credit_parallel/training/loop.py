@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from credit_halo import naming_missing_ranks
 from credit_parallel._version import __version__
 from credit_parallel.checkpoint import latest
 from credit_parallel.data.samples import Samples
@@ -245,6 +246,7 @@ class _Training:
         ]
         return torch.stack(errors).mean()
 
+    @naming_missing_ranks("validation")
     @torch.no_grad()
     def validate(self) -> None:
         """Score the model on the validation times."""
@@ -292,6 +294,7 @@ class _Training:
     def labels(self) -> list[str]:
         return [channel.label for channel in self.experiment.checked.source.channels]
 
+    @naming_missing_ranks("ending a step")
     def agreed(self, asked: bool) -> tuple[bool, float]:
         """Whether any rank was asked to stop, and the most memory that a rank has taken so far, in MiB."""
         mine = torch.tensor([float(asked), memory_mib(self.experiment.device)], dtype=torch.float64)
