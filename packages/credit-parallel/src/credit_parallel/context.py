@@ -66,8 +66,8 @@ class ParallelContext:
     mesh: DeviceMesh | None = None
     manager: DomainParallelManager | None = None
     check_batches: int = 3
-    _told: bool = field(default=False, repr=False)
     timeout: timedelta | None = None
+    _told: bool = field(default=False, init=False, repr=False)
     _starting: bool = field(default=True, init=False, repr=False)
 
     # Data
