@@ -22,6 +22,7 @@ from credit_halo import all_sum, exchange_rows, ops, plan_rows
 from credit_halo._torch_private import group_by_name
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.plan import plans
+from credit_halo.recompute import marked, reach
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -138,6 +139,8 @@ def sizes_of(
     sizes = tuple(rows)
     if domain.declared and layer is not None:
         known[key] = sizes
+    else:
+        reach(x)  # ranks ask again where a checkpoint computes again
     return sizes
 
 
@@ -214,14 +217,18 @@ def step_of(footprint: Footprint, rank: int) -> Step:
     return Step(plan.key, footprint.is_local, need.start, len(need), own.start, len(own), footprint.target.rows)
 
 
-def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str) -> Tensor:
+def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: bool = False) -> Tensor:
     """The rows that a footprint says this rank reads.
+
+    Where every rank needs just its own rows, this may be ``x`` itself or a view of it, which is right before an
+    operator of torch. Functions that return what is brought ask for a ``new`` tensor, as torch's own return.
 
     Collectives:
         One message to and from each rank within reach; none where every rank needs just its own rows.
     """
     if step.local:
-        return x
+        own = marked(x) if domain.size > 1 else x  # whatever asked for the partition asks again
+        return own.clone() if new else own
     if domain.size == 1 or torch.compiler.is_compiling():
         rows: Tensor = ops.exchange(x, dim % x.ndim, step.plan, domain.group, label, False, True)
         return rows
