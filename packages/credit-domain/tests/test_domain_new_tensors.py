@@ -36,7 +36,7 @@ def table(own):
     needs = [range(own.offsets[r], own.offsets[r + 1]) for r in range(own.ranks)]
     running = torch.zeros(3).double(), torch.ones(3).double()
     functions = {
-        "crop": (lambda x: CF.crop(x), new),
+        "crop": (CF.crop, new),
         "repartition": (lambda x: CF.repartition(x, own), new),
         "regroup": (lambda x: CF.regroup(x, needs), new),
         "regroup_back": (lambda x: CF.regroup_back(x, needs, own), new),
@@ -51,7 +51,7 @@ def table(own):
         "softmax": (lambda x: CF.softmax(x, -2), lambda x: torch.softmax(x, -2)),
         "batch_norm": (lambda x: CF.batch_norm(x, *running), lambda x: F.batch_norm(x, *running)),
         "group_norm": (lambda x: CF.group_norm(x, 1), lambda x: F.group_norm(x, 1)),
-        "instance_norm": (lambda x: CF.instance_norm(x), lambda x: F.instance_norm(x)),
+        "instance_norm": (CF.instance_norm, F.instance_norm),
         "layer_norm": (lambda x: CF.layer_norm(x, (6, 4)), lambda x: F.layer_norm(x, (6, 4))),
         "rms_norm": (lambda x: CF.rms_norm(x, (6, 4)), lambda x: F.rms_norm(x, (6, 4))),
     }
@@ -71,11 +71,9 @@ def table(own):
             functions[name] = (lambda x, fn=ours, w=w: fn(x, w), lambda x, fn=theirs, w=w: fn(x, w))
         for name, args in {
             **{"max_pool": (1,), "avg_pool": (1,), "lp_pool": (1, 1)},
-            **{"adaptive_max_pool": ((None,) * n,), "adaptive_avg_pool": ((None,) * n,)},
+            **dict.fromkeys(("adaptive_max_pool", "adaptive_avg_pool"), (6,) if n == 1 else ((None,) * n,)),
         }.items():
             ours, theirs = getattr(CF, f"{name}{n}d"), getattr(F, f"{name}{n}d")
-            if name.startswith("adaptive") and n == 1:
-                args = (6,)
             functions[f"{name}{n}d"] = (
                 lambda x, fn=ours, args=args: fn(x, *args),
                 lambda x, fn=theirs, args=args: fn(x, *args),

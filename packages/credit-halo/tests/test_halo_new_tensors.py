@@ -1,4 +1,4 @@
-"""Every public function that returns a tensor returns a new one, also where it has nothing to do, on every rank alike."""
+"""Every public function returns a new tensor, also where it has nothing to do, on every rank."""
 
 from __future__ import annotations
 
