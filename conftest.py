@@ -11,10 +11,13 @@ import hypothesis
 import pytest
 
 # No deadline: a first example may start processes or load torch's operators.
-hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
-# The same examples in every run, and no data base of earlier failures.
+# The same examples in every run, here and in CI, and no data base of earlier failures.
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+# New examples in every run, and first those that failed before.
+hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
+# Those of a seed (`nox -s fuzz`): nothing that another run left behind decides.
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, database=None, max_examples=300)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "ci")
 
 # The command line and its parts need more than torch, which is all that a closed GPU machine may have.
 MISSING = [package for package in ("numpy", "tqdm", "yaml") if find_spec(package) is None]

@@ -74,6 +74,13 @@ def tests_gloo(session: nox.Session, package: str) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Run the property tests with new examples for 20 minutes; `-- --minutes N`, `-- --seed N` to repeat."""
+    install(session, PACKAGES, *group("test"), extras="[data,grib,plot,tensorboard]")
+    session.run("python", "tools/fuzz.py", *session.posargs, env=TEST_ENV)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Train a small model on 4 ranks and on one, and compare; `nox -s demo -- --help` tells more."""
     install(session, PACKAGES, extras="[data,plot]")

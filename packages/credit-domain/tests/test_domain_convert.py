@@ -52,7 +52,7 @@ def test_the_table_of_the_reference():
         "DomainParallelGroupNorm",
         "DomainParallelConvTranspose2d",
         "ConvTranspose2d",
-        "PixelShuffle",
+        "DomainParallelPixelShuffle",
         "GELU",
     ]
     assert list(model.state_dict()) == keys

@@ -111,8 +111,6 @@ def test_repartition_sends_only_rows_that_change_hands(data: st.DataObject, sour
     assert carry_out(plans) == [[(row, False) for row in target.interval(rank)] for rank in range(target.ranks)]
     moved = sum(source.owner(row) != target.owner(row) for row in range(source.rows))
     assert sum(plan.sent_rows for plan in plans) == moved
-    for plan in plans:
-        assert plan.is_identity == (source.interval(plan.rank) == target.interval(plan.rank) and not plan.sends)
 
 
 def test_plans_are_cached() -> None:

@@ -22,6 +22,7 @@ from credit_halo import all_sum, exchange_rows, ops, plan_rows
 from credit_halo._torch_private import group_by_name
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.plan import plans
+from credit_halo.recompute import marked, reach
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -138,6 +139,8 @@ def sizes_of(
     sizes = tuple(rows)
     if domain.declared and layer is not None:
         known[key] = sizes
+    else:
+        reach(x)  # ranks ask again where a checkpoint computes again
     return sizes
 
 
@@ -182,6 +185,41 @@ def sum_over(x: Tensor, domain: Domain) -> Tensor:
     return all_sum(x, domain.process_group)
 
 
+# Strides and back
+
+_strided: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], tuple[tuple[int, ...], str]]] = WeakKeyDictionary()
+
+
+def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, label: str) -> None:
+    """Refuse to come back to the rows before a stride on a partition with which they would broadcast.
+
+    Where boundaries are no multiples of a stride, an upsampling does not undo it. A skip connection then adds rows of
+    other numbers, which torch refuses unless a rank has one row on either side.
+
+    Raises:
+        ValueError: On all ranks alike, if so.
+    """
+    before, after = sum(source), sum(target)
+    if domain.size == 1 or before == after or torch.compiler.is_compiling():
+        return
+    known = _strided.setdefault(group_by_name(domain.group), {})
+    if 2 * after <= before + 1:
+        known[domain.declared, before] = (source, label)
+    elif after > before:
+        held, where = known.get((domain.declared, after), (target, ""))
+        if any(a != b and 1 in (a, b) for a, b in zip(held, target, strict=True)):
+            raise ValueError(
+                f"{label}: the {after} rows that {where} read as {held} over the ranks come back as {target}, so that "
+                "a skip connection would broadcast single rows; divide the rows at multiples of the model's total "
+                "stride: set manager.granularity before the height is declared"
+            )
+
+
+def has_strides(domain: Domain) -> bool:
+    """Whether any rows were strided, on all ranks alike."""
+    return domain.size > 1 and bool(_strided.get(group_by_name(domain.group)))
+
+
 # Bringing rows
 
 
@@ -196,6 +234,7 @@ class Step(NamedTuple):
         first: First global row of the output that this rank owns.
         out: Number of output rows that it owns.
         total: Output rows of all ranks.
+        sizes: Input and output rows of each rank, where a layer makes the one of the other.
     """
 
     plan: str
@@ -205,23 +244,32 @@ class Step(NamedTuple):
     first: int
     out: int
     total: int
+    sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 def step_of(footprint: Footprint, rank: int) -> Step:
     """This rank's part of a footprint, planned."""
     plan = plan_rows(footprint.source, footprint.needs, rank=rank, edge=footprint.edge)
     need, own = footprint.needs[rank], footprint.target.interval(rank)
-    return Step(plan.key, footprint.is_local, need.start, len(need), own.start, len(own), footprint.target.rows)
+    target = footprint.target
+    sizes = footprint.source.sizes, target.sizes
+    return Step(plan.key, footprint.is_local, need.start, len(need), own.start, len(own), target.rows, sizes)
 
 
-def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str) -> Tensor:
+def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: bool = False) -> Tensor:
     """The rows that a footprint says this rank reads.
+
+    Where every rank needs just its own rows, this may be ``x`` itself or a view of it, which is right before an
+    operator of torch. Functions that return what is brought ask for a ``new`` tensor, as torch's own return.
 
     Collectives:
         One message to and from each rank within reach; none where every rank needs just its own rows.
     """
+    if not new:
+        follow(*step.sizes, domain, label)
     if step.local:
-        return x
+        own = marked(x) if domain.size > 1 else x  # whatever asked for the partition asks again
+        return own.clone() if new else own
     if domain.size == 1 or torch.compiler.is_compiling():
         rows: Tensor = ops.exchange(x, dim % x.ndim, step.plan, domain.group, label, False, True)
         return rows

@@ -21,6 +21,7 @@ def footprint_of(
     shard_dim: int,
     output: tuple[int, ...],
     declared: RowPartition | None = None,
+    shape: tuple[int, ...] = (),
 ) -> Footprint | None:
     """The footprint of a layer of torch.nn; None for layers that reduce over rows or mix none.
 
@@ -30,6 +31,7 @@ def footprint_of(
         shard_dim: The sharded dim, negative.
         output: Global shape of its output.
         declared: Partition of the model's input.
+        shape: Global shape of its input.
 
     Raises:
         ValueError: If the layer cannot work on these rows.
@@ -65,16 +67,19 @@ def footprint_of(
         amounts = m.padding  # pairs, last dim first
         return footprint.padded(source, amounts[-2 * shard_dim - 2], amounts[-2 * shard_dim - 1], edge)
     if isinstance(module, nn.Upsample):
-        return _upsample(module, source, len(output) - 2 + shard_dim, len(output) - 2, declared)
+        moved = source.rows == output[shard_dim] and shape[2:] not in ((), output[2:])
+        return _upsample(module, source, len(output) - 2 + shard_dim, len(output) - 2, declared, moved)
     if type(module).__name__.startswith("Adaptive") and output[shard_dim] > 1:
         return footprint.adaptive_pooling(source, output[shard_dim])
     return None
 
 
-def _upsample(module: nn.Upsample, source: RowPartition, at: int, nd: int, declared: RowPartition | None) -> Footprint:
+def _upsample(
+    module: nn.Upsample, source: RowPartition, at: int, nd: int, declared: RowPartition | None, moved: bool
+) -> Footprint:
     size, scale = (None if v is None else per_dim(v, nd)[at] for v in (module.size, module.scale_factor))
     how = (module.mode, module.align_corners, module.recompute_scale_factor, False)
-    taps = map_of(Along(nd, at, source.rows, size, scale, *how, torch.float32, "cpu"))
+    taps = map_of(Along(nd, at, source.rows, size, scale, *how, torch.float32, "cpu", moved))
     target = footprint.resampled_partition(source, taps.rows, declared)
     return footprint.resampling(source, target, taps.first, taps.last)
 

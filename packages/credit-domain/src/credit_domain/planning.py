@@ -185,7 +185,7 @@ def _global_rows(inputs: Any, shard_dim: int) -> int:
 
 def _planned(call: LayerCall, source: RowPartition, shard_dim: int, declared: RowPartition) -> PlannedLayer:
     kind = type(call.module).__name__
-    footprint = footprint_of(call.module, source, shard_dim, call.output, declared)
+    footprint = footprint_of(call.module, source, shard_dim, call.output, declared, call.input)
     if footprint is None:
         reduces = "Norm" in kind or "Adaptive" in kind
         return PlannedLayer(

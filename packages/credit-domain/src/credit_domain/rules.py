@@ -166,6 +166,7 @@ _RULES: dict[type[nn.Module], Callable[[nn.Module, int], Decision]] = {
     nn.Upsample: _always(layers.DomainParallelUpsample, "interpolates between rows"),
     nn.UpsamplingNearest2d: _always(layers.DomainParallelUpsample, "copies rows"),
     nn.UpsamplingBilinear2d: _always(layers.DomainParallelUpsample, "interpolates between rows"),
+    nn.PixelShuffle: _always(layers.DomainParallelPixelShuffle, "torch's own has no gradient where there are no rows"),
     nn.PixelUnshuffle: _always(layers.DomainParallelPixelUnshuffle, "gathers blocks of rows"),
     nn.Softmax: _softmax,
     nn.LogSoftmax: _softmax,
@@ -205,7 +206,6 @@ _LOCAL: dict[type[nn.Module], str] = {
     **{getattr(nn, name): "holds others" for name in _CONTAINERS.split()},
     nn.Flatten: "reshapes",
     nn.Unflatten: "reshapes",
-    nn.PixelShuffle: "each row becomes rows of the same rank",
     **dict.fromkeys(POINTWISE, "acts on each point alone"),
 }
 

@@ -52,8 +52,10 @@ def stride_of(module: nn.Module, shard_dim: int) -> tuple[int, int]:
     if isinstance(module, nn.PixelUnshuffle):
         return int(m.downscale_factor), 1
     if isinstance(module, nn.Upsample) and m.scale_factor is not None:
-        factor = _along(m.scale_factor, shard_dim)
-        return (1, int(factor)) if float(factor).is_integer() else (1, 1)
+        factor = float(_along(m.scale_factor, shard_dim))
+        if factor >= 1:
+            return (1, int(factor)) if factor.is_integer() else (1, 1)
+        return round(1 / factor), 1
     return next((stride(module) for match, stride in _known.values() if match(module)), (1, 1))
 
 

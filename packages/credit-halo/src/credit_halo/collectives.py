@@ -32,6 +32,7 @@ from credit_halo._torch_private import group_by_name, keep_order, prepare_induct
 from credit_halo.agreement import agree
 from credit_halo.exchange import repartition_rows, take_rows
 from credit_halo.faults import break_group, refuse_broken
+from credit_halo.recompute import ask_entry, reach, save_entry
 from credit_halo.transport import as_bytes
 from credit_mesh import RowPartition
 
@@ -236,24 +237,29 @@ for _op in (_broadcast, _sum_to):
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.group, ctx.said = inputs[1], debug.said()
+    save_entry(ctx, inputs[0])
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ask_entry(ctx)
     with debug.backward_of(ctx.said):
         return _sum(grad, ctx.group, False), None, None
 
 
 def _rooted_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.src, ctx.group, _ = inputs
+    x, ctx.src, ctx.group, _ = inputs
     ctx.said = debug.said()
+    save_entry(ctx, x)
 
 
 def _broadcast_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ask_entry(ctx)
     with debug.backward_of(ctx.said):
         return _sum_to(grad, ctx.src, ctx.group, False), None, None, None
 
 
 def _sum_to_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ask_entry(ctx)
     with debug.backward_of(ctx.said):
         return _broadcast(grad, ctx.src, ctx.group, False), None, None, None
 
@@ -272,6 +278,8 @@ def _agreed(x: Tensor, group: ProcessGroup | None, what: str, label: str) -> tup
     name, compiling = _name(group), torch.compiler.is_compiling()
     if name and not compiling:
         _agree(x, group_by_name(name), what, label)
+        if not x.requires_grad:
+            reach(x)
     return name, compiling
 
 

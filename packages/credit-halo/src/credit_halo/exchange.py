@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo import debug, ops
+from credit_halo import ops
 from credit_halo.edges import EdgeRule
 from credit_halo.faults import ExchangeError
 from credit_halo.fit import misfit
 from credit_halo.plan import ExchangePlan, Need, plan_rows, repartition_needs
+from credit_halo.recompute import reach
 from credit_halo.rows import memory_format
 from credit_mesh import RowPartition
 
@@ -36,8 +37,8 @@ def exchange_rows(
         label: What errors and traces call this exchange; the same on every rank.
 
     Returns:
-        A tensor like ``x`` with ``plan.out_rows`` entries along ``dim``, in the same dtype and memory format. Where
-        this rank needs just its own rows and nobody else needs them, it is ``x`` itself.
+        A new tensor like ``x`` with ``plan.out_rows`` entries along ``dim``, in the same dtype and memory format, also
+        where this rank needs just its own rows.
 
     Raises:
         ValueError: On all ranks alike, if the tensor of any does not fit its plan, or ranks disagree on the plan, the
@@ -50,10 +51,6 @@ def exchange_rows(
         dtype, shape and label one small all-gather.
     """
     dim, name = _checked(x, plan, dim, group, label)
-    if (
-        not torch.compiler.is_compiling() and plan.is_identity and not debug.enabled()
-    ):  # which compares all ranks' calls
-        return x
     out: Tensor = ops.exchange(x, dim, plan.key, name, label, False, torch.compiler.is_compiling())
     return out
 
@@ -211,6 +208,8 @@ def _checked(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
         ops.agree_on(x, dim, plan, _group_of(group), label, problem)
     elif problem is not None:
         raise ValueError(f"exchange {label!r}: on rank {plan.rank} {problem}")
+    if many and not x.requires_grad:
+        reach(x)
     return dim, name
 
 

@@ -22,6 +22,7 @@ from credit_halo.agreement import agree, has_agreed
 from credit_halo.faults import ExchangeError
 from credit_halo.fit import misfit
 from credit_halo.plan import ExchangePlan, plans
+from credit_halo.recompute import ask_entry, save_entry
 from credit_halo.rows import (
     add_local,
     add_returned,
@@ -121,11 +122,13 @@ def _(x: Tensor, dim: int, plan: str, group: str, label: str, adjoint: bool, che
 
 
 def _exchange_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
+    x, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
     ctx.said = debug.said()
+    save_entry(ctx, x)
 
 
 def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ask_entry(ctx)
     with debug.backward_of(ctx.said):
         home = exchange(grad, ctx.dim, _linear(ctx), ctx.group, ctx.label, not ctx.adjoint, False)
     return home, *[None] * 6
@@ -233,19 +236,23 @@ def _post_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
     ctx.shape = list(x.shape)
     ctx.last = memory_format(x) != torch.contiguous_format
+    save_entry(ctx, x)
 
 
 def _post_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ask_entry(ctx)
     home = collect(grad, ctx.shape, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, ctx.last)
     return home, *[None] * 6
 
 
 def _collect_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
+    posted, _, ctx.dim, ctx.plan, ctx.group, ctx.label, ctx.adjoint, _ = inputs
     ctx.said = debug.said()
+    save_entry(ctx, posted)
 
 
 def _collect_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ask_entry(ctx)
     with debug.backward_of(ctx.said):
         return post(grad, ctx.dim, ctx.plan, ctx.group, ctx.label, not ctx.adjoint, False), *[None] * 7
 

@@ -99,13 +99,6 @@ class ExchangePlan:
         """Rows that this rank receives, in ``len(recvs)`` messages."""
         return sum(len(message.rows) for message in self.recvs)
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether this rank needs just its own rows and nobody else needs them."""
-        own = Placement(range(self.in_rows), range(self.in_rows), False)
-        mine = self.local == (own,) or not (self.in_rows or self.out_rows)
-        return mine and not (self.sends or self.recvs or self.fills)
-
     @cached_property
     def is_delivery(self) -> bool:
         """Whether what this rank needs is one message as it comes."""

@@ -90,13 +90,14 @@ def pad_boundary(
     wanted = () if target is None else target.sizes
     if sharded == lat:
         step = _rows_step(sizes, domain.rank, lat_pads, mode, pole_is_row, factors, channel_dim, lon, wanted, label)
-        x = bring(x, lat, step, domain, label)
         west, east = lon_pads
+        x = bring(x, lat, step, domain, label, new=not (west or east))
         if west or east:
             x = torch.cat([x.narrow(lon, width - west, west), x, x.narrow(lon, 0, east)], lon)
         return x
-    out = bring(x, lon, _columns_step(sizes, domain.rank, *lon_pads, 0, wanted, label), domain, label)
     north, south = lat_pads
+    step = _columns_step(sizes, domain.rank, *lon_pads, 0, wanted, label)
+    out = bring(x, lon, step, domain, label, new=not (north or south))
     if north or south:
         beyond = _beyond(x, lat, lat_pads, mode, pole_is_row, factors, channel_dim)
         turn = width // 2 if mode == "earth" else 0
@@ -160,7 +161,7 @@ def unpad_boundary(
         if left < 1:
             raise ValueError(f"{label}: cutting off {before} and {after} leaves nothing of dim {d} of {tuple(x.shape)}")
         x = x.narrow(d, before, left)
-    return x
+    return x if dim in (lat, lon) else x.clone()  # a new tensor, as the rows that were brought are
 
 
 # Parts of the above

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit_domain import footprint
-from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
+from credit_domain.domain import Domain, Step, bring, constant, domain_of, follow, normal_dim, sizes_of, step_of
 from credit_domain.functional.borders import Borders, borders_of_conv, borders_of_transposed
 from credit_domain.functional.overlap import Plain, Shape, as_autocast_does, convolve, overlaps
 from credit_domain.functional.overlap_op import convolve as compiled
@@ -234,6 +234,7 @@ def conv(
     along = pads[at]
     step = _conv_step(sizes, domain.rank, kernel[at], strides[at], *along, dilations[at], modes[at], label)
     pads = (*pads[:at], (0, 0), *pads[at + 1 :])
+    follow(*step.sizes, domain, label)
 
     def waiting(x: Tensor, weight: Tensor, bias: Tensor | None, pads: tuple[tuple[int, int], ...] = pads) -> Tensor:
         x = bring(x, dim, step, domain, label)
@@ -407,6 +408,7 @@ def conv_transpose(
         extra = (*extras[:at], back, *extras[at + 1 :])
         out = _TRANSPOSED[nd - 1](x, weight, bias, strides, pads, extra, groups, dilations)
         return out.squeeze(0) if unbatched else out
+    follow(*step.sizes, domain, label)
 
     def waiting(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = bring(x, dim, step, domain, label)

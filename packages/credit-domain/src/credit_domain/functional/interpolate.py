@@ -115,7 +115,7 @@ def resample(
     )
     for each, key in order:
         if each == dim:
-            x = bring(x, dim, step, domain, label)
+            x = bring(x, dim, step, domain, label, new=not any(key for _, key in order))
         if key:
             x = _weigh(x.to(computed), each + x.ndim, key, False)
     return x.to(dtype)
@@ -132,7 +132,11 @@ def _numbers(value: Any, kind: Callable[[Any], Any]) -> Any:
 
 
 class Along(NamedTuple):
-    """A resampling along one of ``nd`` spatial dims, counted from the first, of ``rows`` rows."""
+    """A resampling along one of ``nd`` spatial dims, counted from the first, of ``rows`` rows.
+
+    Torch copies a tensor of which all sizes stay, though a factor be other than 1 (9 rows times 1.1). So what it does
+    along a dim that keeps its size depends on ``moved``: whether the size of another dim changes.
+    """
 
     nd: int
     at: int
@@ -145,6 +149,7 @@ class Along(NamedTuple):
     antialias: bool
     dtype: torch.dtype
     device: str
+    moved: bool
 
 
 class _Taps(NamedTuple):
@@ -198,7 +203,9 @@ def _run(along: Along, x: Tensor) -> Tensor:
     """Torch's operator on (channels, rows), along the rows alone: (channels, output rows)."""
     # Torch is wrong where one column comes out of antialiasing, which is why there are two.
     others = 2 if along.antialias else 1
-    size, scale, shape = [others] * along.nd, [1.0] * along.nd, [others] * along.nd
+    factor = 1 if not along.moved else 2 if along.antialias and along.align_corners else 3
+    read = int(along.moved)  # this one lies on the first that goes in, with a weight of exactly 1
+    size, scale, shape = [others * factor] * along.nd, [float(factor)] * along.nd, [others] * along.nd
     if along.size is not None:
         size[along.at] = along.size
     if along.scale is not None:
@@ -211,7 +218,10 @@ def _run(along: Along, x: Tensor) -> Tensor:
         None if along.scale is None else scale,  # type: ignore[arg-type, unused-ignore]
         *(along.mode, along.align_corners, along.recompute, along.antialias),
     )
-    return out[0].movedim(along.at + 1, 1).reshape(x.shape[0], out.shape[along.at + 2], -1)[:, :, 0]
+    out = out[0].movedim(along.at + 1, 1)
+    while out.ndim > 2:
+        out = out[:, :, read]
+    return out
 
 
 def _picks(along: Along) -> tuple[_Taps, _Taps]:
@@ -318,10 +328,15 @@ def _cached_resize(
     how = (mode, corners, recompute, antialias)
     if mode not in _PICKS and not dtype.is_floating_point:
         raise ValueError(f"{label}: mode {mode!r} averages rows, which {dtype} cannot hold; convert to floats first")
-    along = [Along(nd, at, n, _at(size, at), _at(scale, at), *how, dtype, device) for at, n in enumerate(whole)]
     try:  # what torch refuses of the whole
-        if 0 in F.interpolate(torch.empty(1, 1, *whole, dtype=dtype, device="meta"), size, scale, *how).shape:
+        out_shape = F.interpolate(torch.empty(1, 1, *whole, dtype=dtype, device="meta"), size, scale, *how).shape[2:]
+        if 0 in out_shape:
             raise ValueError("nothing would be left")
+        stays = [before == after for before, after in zip(whole, out_shape, strict=True)]
+        along = [
+            Along(nd, at, n, _at(size, at), _at(scale, at), *how, dtype, device, stays[at] and not all(stays))
+            for at, n in enumerate(whole)
+        ]
         maps = [map_of(each) for each in along]
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{label}: torch refuses to resample a tensor of shape (B, C, *{whole}): {error}") from error

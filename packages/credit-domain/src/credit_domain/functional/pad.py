@@ -13,6 +13,7 @@ from torch import Tensor
 from credit_domain import footprint
 from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_halo import EdgeRule
+from credit_halo.recompute import marked
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -80,9 +81,9 @@ def pad_rows(
         sizes = sizes_of(x, dim, domain, label, partition, layer)
         # A float of a module may be symbolic in compiled code, and its digits are not.
         fill = None if value is None else float(value).hex()
-        for step in _pad_steps(sizes, domain.rank, rows, mode, fill, dim, x.ndim, len(amounts), label):
-            x = bring(x, dim, step, domain, label)
         amounts[at : at + 2] = 0, 0
+        for step in _pad_steps(sizes, domain.rank, rows, mode, fill, dim, x.ndim, len(amounts), label):
+            x = bring(x, dim, step, domain, label, new=not any(amounts))
         if not any(amounts):
             return x
     return with_rows(x, dim, 1, lambda x: F.pad(x, amounts, mode, value))
@@ -96,7 +97,7 @@ def with_rows(x: Tensor, dim: int, few: int, fn: Callable[[Tensor], Tensor]) -> 
     shape[dim] = few
     shape = [*fn(x.new_empty(shape)).shape]
     shape[dim] = 0
-    return x.reshape(shape)
+    return marked(x.reshape(shape)).clone()  # a new tensor, and a part of what a checkpoint computes again, as others
 
 
 @constant

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit_domain import footprint
-from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
+from credit_domain.domain import Step, bring, constant, domain_of, follow, has_strides, normal_dim, sizes_of, step_of
 from credit_domain.functional.pad import with_rows
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -31,17 +31,21 @@ def pixel_shuffle(
         x: This rank's rows, (..., C * upscale_factor**2, H, W).
         upscale_factor: As in torch.
         dim: The sharded dim: rows or columns.
-        partition: Who holds which rows of ``x``; not needed.
-        manager: Whose domain group takes part; not needed.
+        partition: Who holds which rows of ``x``.
+        manager: Whose domain group takes part; None is the present one, or nobody else.
         label: What errors and traces call this.
 
     Raises:
-        ValueError: If ``dim`` is neither rows nor columns.
+        ValueError: If ``dim`` is neither rows nor columns; on all ranks alike, if rows that were strided would come
+            back on a partition with which they broadcast.
 
     Collectives:
-        None.
+        None where a partition is declared. Else, after a layer with a stride, the ranks ask each other for their rows.
     """
-    dim = normal_dim(dim, x.ndim, 2, label)
+    dim, domain = normal_dim(dim, x.ndim, 2, label), domain_of(manager)
+    if domain.declared == "" and has_strides(domain):  # else the granularity of the declared partition has been checked
+        sizes = sizes_of(x, dim, domain, label, partition)
+        follow(sizes, tuple(size * upscale_factor for size in sizes), domain, label)
     return with_rows(x, dim, 1, lambda x: F.pixel_shuffle(x, upscale_factor))
 
 

@@ -61,7 +61,7 @@ def roll(
         x = torch.roll(x, [amount for amount, _ in others], [d for _, d in others])
     shift = sum(amount for amount, d in zip(amounts, along, strict=True) if d == dim)
     step = _roll_step(sizes_of(x, dim, domain, label, partition), domain.rank, operator.index(shift))
-    return _fresh(bring(x, dim, step, domain, label), x)
+    return bring(x, dim, step, domain, label, new=True)
 
 
 def flip(
@@ -98,7 +98,7 @@ def flip(
     if others:
         x = torch.flip(x, others)
     step = _flip_step(sizes_of(x, dim, domain, label, partition), domain.rank)
-    return _fresh(bring(x, dim, step, domain, label), x)
+    return bring(x, dim, step, domain, label, new=True)
 
 
 def crop(
@@ -128,7 +128,7 @@ def crop(
         label: See :func:`roll`.
 
     Returns:
-        This rank's share of the rows, of the same dtype and other dims; ``x`` itself where it keeps just its own.
+        This rank's share of the rows, of the same dtype and other dims: a new tensor.
 
     Raises:
         ValueError: On all ranks alike, if there are no such rows, none would be left, or ``target`` is one of other
@@ -144,7 +144,7 @@ def crop(
     first = operator.index(start + rows if start < 0 else start)
     last = rows if stop is None else operator.index(stop + rows if stop < 0 else stop)
     step = _crop_step(sizes, domain.rank, first, last, () if target is None else target.sizes, label)
-    return bring(x, dim, step, domain, label)
+    return bring(x, dim, step, domain, label, new=True)
 
 
 def repartition(
@@ -167,7 +167,7 @@ def repartition(
         label: See :func:`roll`.
 
     Returns:
-        This rank's rows under ``target``; ``x`` itself where they are the same.
+        This rank's rows under ``target``: a new tensor.
 
     Raises:
         ValueError: On all ranks alike, if ``target`` is one of other rows or ranks; and as
@@ -179,7 +179,7 @@ def repartition(
     """
     dim, domain = normal_dim(dim, x.ndim, x.ndim, label), domain_of(manager)
     step = _repartition_step(sizes_of(x, dim, domain, label, partition), domain.rank, target.sizes, label)
-    return bring(x, dim, step, domain, label)
+    return bring(x, dim, step, domain, label, new=True)
 
 
 def regroup(
@@ -216,7 +216,7 @@ def regroup(
     """
     dim, domain = normal_dim(dim, x.ndim, x.ndim, label), domain_of(manager)
     step = _regroup_step(sizes_of(x, dim, domain, label, partition), domain.rank, _plain(rows), label)
-    return bring(x, dim, step, domain, label)
+    return bring(x, dim, step, domain, label, new=True)
 
 
 def regroup_back(
@@ -254,7 +254,7 @@ def regroup_back(
     held = RowPartition(tuple([len(need) for need in plain]), allow_empty=True)
     if sizes_of(x, dim, domain, label, held) != held.sizes:  # a single rank, which has nobody to compare with
         raise ValueError(f"{label}: rows lists {held.rows} rows; got a tensor of shape {tuple(x.shape)}")
-    return bring(x, dim, step, domain, label)
+    return bring(x, dim, step, domain, label, new=True)
 
 
 def partition_of(
@@ -446,8 +446,3 @@ def distinct_dims(dims: Ints, ndim: int, label: str) -> tuple[int, ...]:
     if len(set(along)) != len(along):
         raise ValueError(f"{label}: dims={dims} names a dim twice, in a tensor of {ndim} dims")
     return along
-
-
-def _fresh(out: Tensor, x: Tensor) -> Tensor:
-    """A new tensor, as torch's own function returns, also where nothing moved."""
-    return out.clone() if out is x else out

@@ -28,15 +28,22 @@ class DomainParallelPixelShuffle(_Pixel):
     Args:
         module: The layer to wrap.
         shard_dim: The sharded dim; -2 is latitude.
-        manager: Whose domain group takes part; nobody needs to.
+        manager: Whose domain group takes part; None looks up the present one at each call.
         label: What errors and traces call this layer.
     """
 
     wraps = (nn.PixelShuffle,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cut each row of the channels into ``upscale_factor`` rows, which stay where it is; no collectives."""
-        return pixel_shuffle(x, self.wrapped.upscale_factor, dim=self._dim, label=self.label)
+        """Cut each row of the channels into ``upscale_factor`` rows, which stay where it is.
+
+        Raises:
+            ValueError: As :func:`credit_domain.functional.pixel_shuffle`.
+
+        Collectives:
+            Those of :func:`credit_domain.functional.pixel_shuffle`.
+        """
+        return pixel_shuffle(x, self.wrapped.upscale_factor, dim=self._dim, manager=self.manager, label=self.label)
 
 
 class DomainParallelPixelUnshuffle(_Pixel):
