@@ -148,7 +148,10 @@ class ParallelContext:
         yield
 
     def sync_gradients(self) -> None:
-        """After the backward: average gradients over the domain ranks, unless FSDP2 or DDP did.
+        """After the backward: average the gradients that the backward itself has not averaged.
+
+        Raises:
+            ValueError: As :func:`credit_parallel.domain.sync_domain_gradients`.
 
         Collectives:
             Those of :func:`credit_parallel.domain.sync_domain_gradients`.
@@ -224,7 +227,7 @@ def parallelize(
     Args:
         model: The model, on its device; the same on every rank. All start with the weights of the first one.
         conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
-            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them), or the parallelism block as a
+            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``), or the parallelism block as a
             :class:`credit_mesh.ParallelismConfig`.
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from credit_domain import manager as manager_module
@@ -20,6 +22,7 @@ from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_p
 from credit_parallel._torch_private import root_of
 from credit_parallel.collectives import allreduce_grads_avg, start_equal
 from credit_parallel.contract import device_of
+from credit_parallel.reducer import reducer_of, refuse_strangers
 
 
 def apply_domain_parallel(
@@ -227,6 +230,8 @@ def _partition_of(manager: Any, rows: int) -> RowPartition:
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:
     """Average gradients over the domain ranks, in place, after the backward; together with FSDP2 and DDP, once.
 
+    Call it before each step of the optimizer, also without a domain axis: it makes sure that every gradient was averaged.
+
     The loss of each rank must be its rows' share, scaled so that the mean over the ranks is the loss of one rank; see
     :func:`credit_parallel.losses.domain_mean`. Rows may be uneven then. Where FSDP2 or DDP average over the domain
     ranks already (:func:`credit_parallel.mesh.fold_domain`), nothing is done. A parameter that has a gradient on some
@@ -234,20 +239,27 @@ def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | Non
 
     Args:
         model: The model.
-        manager: The manager; None, or a domain of one rank, does nothing.
+        manager: The manager; None, or a domain of one rank, has no gradients to average over domain ranks.
 
     Raises:
         ValueError: On all ranks alike, if ranks have other parameters, or a gradient is sparse, or sharded over the
-            domain ranks without :func:`credit_parallel.fsdp2.apply_fsdp2`.
+            domain ranks without :func:`credit_parallel.fsdp2.apply_fsdp2`; naming them, if parameters with a gradient
+            joined the model after DDP or FSDP2 wrapped it, so that nothing averages it.
 
     Collectives:
         One sum of a number for each parameter, and those of :func:`credit_parallel.collectives.allreduce_grads_avg`.
+        Under DDP, those of a backward, if the last backward averaged nothing.
     """
     raw = get_raw_model(model)
+    reducer = reducer_of(raw)
+    if isinstance(raw, FSDPModule):
+        refuse_strangers(raw, lambda p: isinstance(p, DTensor) or (reducer is not None and reducer.covers(p)))
+    if reducer is not None:
+        reducer.settle()
     if manager is None or manager.domain_parallel_size == 1 or folds_domain(raw):
         return
     group = manager.domain_group
-    parameters = [p for p in raw.parameters() if p.requires_grad]
+    parameters = list(raw.parameters())  # frozen ones too: a gradient may be left from before
     if not parameters:
         return
     shapes = tuple((p.dtype, p.shape) for p in parameters)

@@ -232,6 +232,7 @@ def prepare(checked: Checked, device: torch.device) -> Experiment:
             "amp": trainer.amp,
             "activation_checkpoint": trainer.activation_checkpoint,
             "fsdp2_blocks": list(trainer.fsdp2_blocks),
+            "find_unused_parameters": trainer.find_unused_parameters,
         }
     }
     shape = (1, checked.in_channels, grid.height, grid.width)
