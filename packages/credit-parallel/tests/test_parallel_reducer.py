@@ -259,13 +259,18 @@ def test_a_rank_whose_loss_reaches_no_parameter():
 def test_parameters_that_join_later_are_refused_by_name(data):
     def rank_main(rank):
         context = parallelize(make(), conf_of(1, data), check_batches=0)
-        context.model.extra = nn.Conv2d(2, 2, 1).double()
         raw = context.model.module if data == "ddp" else context.model
         raw.extra = nn.Conv2d(2, 2, 1).double()
         x = torch.ones(1, 2, HEIGHT, WIDTH, dtype=torch.float64)
-        with pytest.raises(ValueError, match=r"extra\.weight, extra\.bias .* joined the model after it was wrapped"):
+
+        def step():
             raw.extra(context.model(x, NONE)).sum().backward()
             context.step(torch.optim.SGD(context.model.parameters(), 0.1))
+
+        with pytest.raises(
+            ValueError, match=r"extra\.weight, extra\.bias are .* joined the model after it was wrapped"
+        ):
+            step()
 
     run_threads(rank_main, 2)
 

@@ -33,4 +33,4 @@ def apply_to_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> N
     This is what ``module.to`` calls, and modules that must do more when they are moved override it. The public ways to
     it offer no cast that treats complex tensors apart.
     """
-    module._apply(change)
+    module._apply(change)  # type: ignore[no-untyped-call]

@@ -83,7 +83,7 @@ class TrainerConfig:
         amp: Compute in bfloat16.
         activation_checkpoint: Recompute blocks in the backward in place of keeping their activations.
         fsdp2_blocks: Further classes and modules that are blocks.
-        find_unused_parameters: As other training programs know it; parameters without a gradient are handled either way.
+        find_unused_parameters: Taken, and not needed: parameters without a gradient are handled either way.
         compile: Compile the model with ``torch.compile``.
         device: ``cuda``, ``cpu``, or ``auto``.
         dtype: Of parameters and data: ``float32`` or ``float64``.

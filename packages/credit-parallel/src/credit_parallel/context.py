@@ -31,10 +31,11 @@ from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_
 from credit_parallel.collectives import clip_grad_norm_
 from credit_parallel.contract import check_batch, check_finite
 from credit_parallel.ddp import apply_ddp
-from credit_parallel.domain import apply_domain_parallel, sync_domain_gradients
+from credit_parallel.domain import apply_domain_parallel, get_raw_model, sync_domain_gradients
 from credit_parallel.fsdp2 import apply_fsdp2
 from credit_parallel.losses import domain_mean, domain_value
 from credit_parallel.mesh import fold_domain, register_dp_group
+from credit_parallel.reducer import reducer_of
 from credit_parallel.sampler import DataParallelSampler, data_parallel_sampler
 from credit_parallel.seeds import RankSeeds, seed_ranks
 from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
@@ -145,6 +146,9 @@ class ParallelContext:
             return
         if isinstance(inner, FSDPModule):
             inner.set_requires_gradient_sync(last)
+        reducer = None if isinstance(inner, DistributedDataParallel) else reducer_of(get_raw_model(inner))
+        if reducer is not None:
+            reducer.enabled = lambda: last
         yield
 
     def sync_gradients(self) -> None:
@@ -227,8 +231,8 @@ def parallelize(
     Args:
         model: The model, on its device; the same on every rank. All start with the weights of the first one.
         conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
-            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``), or the parallelism block as a
-            :class:`credit_mesh.ParallelismConfig`.
+            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``), or the
+            parallelism block as a :class:`credit_mesh.ParallelismConfig`.
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.
         check_batches: How many batches to compare between ranks that must read the same.

@@ -63,7 +63,7 @@ class AveragedDataParallel(DistributedDataParallel):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward, after the broadcast of buffers where that is wanted."""
-        if self.will_sync_module_buffers():
+        if self.will_sync_module_buffers():  # type: ignore[no-untyped-call]
             _broadcast_buffers(self.module, self.process_group)
         out = self.module(*inputs, **kwargs)
         # As in torch's class, a forward without a reduction after it leaves the buffers as they are.

@@ -7,8 +7,8 @@ without a gradient on every rank keeps none.
 
 Ranks must send the same messages, although each has other gradients. What is sent follows from what all ranks know:
 
-- *Active* parameters lie in buckets. A bucket is sent as soon as its gradients are there, and the rest at the end of the
-  backward, with zeros for what is missing.
+- *Active* parameters lie in buckets. A bucket is sent as soon as its gradients are there. The rest is sent at the end
+  of the backward, with zeros for what is missing.
 - The last bucket carries one more number for each parameter of the model: whether this rank has a gradient of it. Its
   sum tells all ranks which parameters have one anywhere. Those that are not active are then sent too, and are active
   from then on. A parameter that had no gradient for :data:`IDLE_ROUNDS` rounds is not active any more.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 
 from credit_parallel._torch_private import after_backward, current_backward
 from credit_parallel.collectives import local_of
@@ -65,7 +66,7 @@ class GradientReducer:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: dict[str, Tensor], group: ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+        self, model: nn.Module, parameters: Mapping[str, Tensor], group: ProcessGroup, bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         self.enabled: Callable[[], bool] = lambda: True
         self._model, self._group, self._ranks = ref(model), group, dist.get_world_size(group)
@@ -150,7 +151,7 @@ class GradientReducer:
     def _average(self) -> None:
         try:
             model = self._model()
-            if model is not None:
+            if model is not None and not isinstance(model, FSDPModule):  # which averages the others
                 refuse_strangers(model, self.covers)
             for bucket in self._buckets[len(self._sent) : -1]:
                 self._send(bucket)
