@@ -60,8 +60,8 @@ def verify_domain_parallel(
 
     Runs the model whole, converts a copy of it for each rank, runs these on threads of this process, each on its rows,
     and compares outputs, input gradients and every parameter gradient, in float64 (complex128), with a random weighting
-    of the outputs as loss. Needs no launcher, no GPU and no process group; the model that is passed is not touched. Use a
-    small input: rows that exceed a few windows or total strides for each rank show all that large ones would.
+    of the outputs as loss. Needs no launcher, no GPU and no process group; the model that is passed is not touched. Use
+    a small input: rows that exceed a few windows or total strides for each rank show all that large ones would.
 
     .. code-block:: python
 
