@@ -135,6 +135,7 @@ def test_trains_like_one_rank(data, world, domain, name, expected):
         same(found, expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["ddp", "fsdp2"])
 def test_on_processes(data, expected):
     for found in run_processes(rank_main, 2, data, 2, "adamw", False):
@@ -191,6 +192,7 @@ def state_dicts(rank, data):
     return steps(other, optimizer, 2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["fsdp2", "ddp"])
 def test_whole_state_dicts(data, expected):
     norms, weights = expected["adamw"]

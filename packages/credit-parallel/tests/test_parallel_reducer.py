@@ -124,6 +124,7 @@ def test_accumulated(world, domain, plan, direct):
     check(world, domain, PLANS[plan], "adamw", 2, direct)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["unfrozen", "used by one sample"])
 def test_on_processes(plan):
     check(4, 2, PLANS[plan], "adamw", 2, True, run=run_processes)
@@ -133,6 +134,7 @@ used = st.sets(st.sampled_from(list(INNER)))
 steps = st.tuples(st.sets(st.integers(0, PARTS - 2)), st.lists(used, min_size=SAMPLES, max_size=SAMPLES))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(plan=st.lists(steps, min_size=1, max_size=4), layout=st.sampled_from(LAYOUTS[:3]), parts=st.sampled_from([1, 2]))
 def test_any_plan(plan, layout, parts):
@@ -273,6 +275,38 @@ def test_parameters_that_join_later_are_refused_by_name(data):
             step()
 
     run_threads(rank_main, 2)
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.ones(2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.conv(x)) * self.scale) * self.shift
+
+
+def test_several_forwards_before_a_backward_with_buffers():
+    """A rollout: buffers are those of the first rank in each forward, and stay as they were kept for the backward."""
+
+    def rank_main(rank):
+        mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+        net = Buffered()
+        wrapped = apply_ddp(net, mesh)
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(3):
+            out = wrapped(wrapped(torch.randn(1, 2, 4, 4, generator=generator)))
+            out.square().mean().backward()
+        net.eval()
+        with torch.no_grad():
+            wrapped(torch.ones(1, 2, 4, 4))
+        return net.norm.running_mean.clone(), net.conv.weight.grad.clone()
+
+    (means, grads), (others, theirs) = run_threads(rank_main, 2)
+    assert torch.equal(means, others)
+    assert torch.equal(grads, theirs)
 
 
 def test_what_ddp_does_not_do_is_refused_by_name():

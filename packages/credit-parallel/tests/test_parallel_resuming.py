@@ -35,6 +35,7 @@ def lines(folder):
     return [line for line in read_metrics(folder / FILE) if line["event"] == "train"]
 
 
+@pytest.mark.slow
 def test_new_values_hold_from_the_step_on(tmp_path, caplog):
     """What changed is listed once, and the schedule goes on on the new curve."""
     run(conf_of(tmp_path))
@@ -69,6 +70,7 @@ def load_state(folder):
     return optimizer.param_groups
 
 
+@pytest.mark.slow
 def test_an_unchanged_run_says_nothing_and_has_the_same_numbers(tmp_path, caplog):
     """In two parts and in one: the same losses and rates to the last bit, and no word of a change."""
     whole = tmp_path / "whole"
@@ -86,6 +88,7 @@ def test_an_unchanged_run_says_nothing_and_has_the_same_numbers(tmp_path, caplog
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), [("batch_size", 4), ("seed", 3), ("rollout", 2)])
 def test_what_cannot_change_is_refused_by_name(key, value, tmp_path):
     run(conf_of(tmp_path))

@@ -83,7 +83,8 @@ class AveragedDataParallel(DistributedDataParallel):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
 def _broadcast_buffers(module: nn.Module, group: ProcessGroup) -> None:
-    broadcast_tensors(module.buffers(), group)
+    # Of the data alone, as torch's class does it: a forward before this one may have kept a buffer for its backward.
+    broadcast_tensors([buffer.data for buffer in module.buffers()], group)
 
 
 def _reducible(model: nn.Module) -> dict[str, torch.Tensor]:
