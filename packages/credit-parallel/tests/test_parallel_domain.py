@@ -163,7 +163,9 @@ def test_without_a_manager():
     assert torch.equal(unpad_shard_interp(x, padding, None, 3, 5), x[..., 1:4, 3:])
     assert torch.equal(unpad_shard_interp(x, None, None, 6, 8), x)
     weights = randn(6)
-    assert shard_lat_weights(weights, 3) is weights
+    assert shard_lat_weights(weights, 6) is weights
+    with pytest.raises(ValueError, match=r"the weights have 6 rows \(shape \(6,\)\), and the target, .* has 3"):
+        shard_lat_weights(weights, 3)
     for size in [(4, 5), (3, 8), (6, 8)]:
         with pytest.raises(ValueError, match="leaves 3 x 5; the target is .* Nothing is resized"):
             unpad_shard_interp(x, padding, None, *size)
@@ -259,7 +261,8 @@ def test_latitude_weights(shape):
     dim = -2 if len(shape) > 1 else -1
 
     def rank_main(rank):
-        assert shard_lat_weights(weights, 3) is weights
+        with pytest.raises(ValueError, match=f"the weights have {ROWS} rows"):
+            shard_lat_weights(weights, 3)
         manager = initialize_domain_parallel(4, 4)
         target = shard_spatial(torch.ones(1, 2, ROWS, 4), manager)
         own = shard_lat_weights(weights, target.shape[-2])
@@ -292,7 +295,9 @@ def test_latitude_weights_look_the_manager_up_late(monkeypatch):
     with pytest.raises(ValueError, match="the target has 2 rows; of 6 rows of weights this rank's are 3"):
         shard_lat_weights(weights, 2)
     stand_in.shard_dim = -1  # longitude
-    assert shard_lat_weights(weights, 3) is weights
+    assert shard_lat_weights(weights, 6) is weights
+    with pytest.raises(ValueError, match="whose rows are not divided, has 3"):
+        shard_lat_weights(weights, 3)
 
 
 # Gradients

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 # A wrapper answers for the module that it wraps: one set of parameters, buffers, children and hooks, under the names
@@ -23,3 +25,12 @@ def share(wrapper: nn.Module, wrapped: nn.Module) -> None:
 def version_of(x: Tensor) -> int:
     """How often a tensor has been changed in place: what autograd looks at, and there is no public name for it."""
     return x._version
+
+
+def apply_to_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace every parameter, gradient and buffer by what a function makes of it.
+
+    This is what ``module.to`` calls, and modules that must do more when they are moved override it. The public ways to
+    it offer no cast that treats complex tensors apart.
+    """
+    module._apply(change)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit_domain.casts import real_dtype_of
 from credit_mesh.manager import set_aside
 
 
@@ -107,7 +108,7 @@ def _listing(name: str, calls: list[LayerCall]) -> Any:
 
 
 def _arguments(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    dtype = real_dtype_of(model)
 
     def ghost(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed import device_mesh
@@ -34,8 +35,19 @@ def after_backward(callback: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined, unused-ignore]
 
 
+def current_backward() -> int:
+    """The number of the backward that is running, -1 outside of one.
+
+    A backward that failed never calls back. Only its number tells that the next gradient is of another backward.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
 def leave_to_others(module: nn.Module, names: Iterable[str]) -> None:
-    """Have DistributedDataParallel leave parameters alone: it cannot reduce DTensors, and has no public way to skip."""
+    """Have DistributedDataParallel leave parameters alone, for which it has no public way.
+
+    It cannot reduce DTensors, and would keep a second copy of all gradients for what it does not send.
+    """
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))  # type: ignore[no-untyped-call]
 
 

@@ -34,7 +34,8 @@ def sync_buffers(model: nn.Module, manager: DomainParallelManager | None = None)
     manager = manager_of(model) if manager is None else manager
     if manager is None or manager.dp_world_size == 1:
         return
-    broadcast_tensors(model.buffers(), manager.data_parallel_group)
+    # Of the data alone, as torch's class does it: a forward before this one may have kept a buffer for its backward.
+    broadcast_tensors([buffer.data for buffer in model.buffers()], manager.data_parallel_group)
 
 
 def sync_before_forward(wrapped: DistributedDataParallel, manager: DomainParallelManager) -> None:

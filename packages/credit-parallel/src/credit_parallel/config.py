@@ -86,6 +86,7 @@ class TrainerConfig:
         amp: Compute in bfloat16.
         activation_checkpoint: Recompute blocks in the backward in place of keeping their activations.
         fsdp2_blocks: Further classes and modules that are blocks.
+        find_unused_parameters: Taken, and not needed: parameters without a gradient are handled either way.
         compile: Compile the model with ``torch.compile``.
         device: ``cuda``, ``cpu``, or ``auto``.
         dtype: Of parameters and data: ``float32`` or ``float64``.
@@ -117,6 +118,7 @@ class TrainerConfig:
     amp: bool = False
     activation_checkpoint: bool = False
     fsdp2_blocks: tuple[str, ...] = ()
+    find_unused_parameters: bool = False
     compile: bool = False
     device: str = "auto"
     dtype: str = "float32"
@@ -313,6 +315,7 @@ def _trainer(block: _Block) -> TrainerConfig:
         amp=block.flag("amp"),
         activation_checkpoint=block.flag("activation_checkpoint"),
         fsdp2_blocks=block.list_of("fsdp2_blocks", str),
+        find_unused_parameters=block.flag("find_unused_parameters"),
         compile=block.flag("compile"),
         device=block.choice("device", "auto", ("auto", "cpu", "cuda")) or "auto",
         dtype=block.choice("dtype", "float32", ("float32", "float64")) or "float32",

@@ -37,6 +37,7 @@ from credit_parallel.domain import apply_domain_parallel, get_raw_model, sync_do
 from credit_parallel.fsdp2 import apply_fsdp2
 from credit_parallel.losses import domain_mean, domain_value
 from credit_parallel.mesh import fold_domain, register_dp_group
+from credit_parallel.reducer import reducer_of
 from credit_parallel.sampler import DataParallelSampler, data_parallel_sampler
 from credit_parallel.seeds import RankSeeds, seed_ranks
 from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
@@ -158,10 +159,16 @@ class ParallelContext:
                 return
             if isinstance(inner, FSDPModule):
                 inner.set_requires_gradient_sync(last)
+            reducer = None if isinstance(inner, DistributedDataParallel) else reducer_of(get_raw_model(inner))
+            if reducer is not None:
+                reducer.enabled = lambda: last
             yield
 
     def sync_gradients(self) -> None:
-        """After the backward: average gradients over the domain ranks, unless FSDP2 or DDP did.
+        """After the backward: average the gradients that the backward itself has not averaged.
+
+        Raises:
+            ValueError: As :func:`credit_parallel.domain.sync_domain_gradients`.
 
         Collectives:
             Those of :func:`credit_parallel.domain.sync_domain_gradients`.
@@ -270,8 +277,8 @@ def parallelize(
     Args:
         model: The model, on its device; the same on every rank. All start with the weights of the first one.
         conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
-            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them), or the parallelism block as a
-            :class:`credit_mesh.ParallelismConfig`.
+            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``), or the
+            parallelism block as a :class:`credit_mesh.ParallelismConfig`.
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.
         check_batches: How many batches to compare between ranks that must read the same.

@@ -1,29 +1,97 @@
-"""Data parallelism with whole parameters on every rank: torch's DistributedDataParallel, beside tp and domain."""
+"""Data parallelism with whole parameters on every rank: DistributedDataParallel, beside tp and domain."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from credit_parallel._torch_private import after_backward, leave_to_others
+from credit_parallel._torch_private import leave_to_others
 from credit_parallel.blocks import flag, is_sharded, trainer_of
 from credit_parallel.buffers import sync_before_forward
-from credit_parallel.collectives import allreduce_grads_avg, start_equal
+from credit_parallel.collectives import broadcast_tensors, local_of, start_equal
 from credit_parallel.domain import manager_of
 from credit_parallel.mesh import covers_domain
+from credit_parallel.reducer import BUCKET_BYTES, GradientReducer
 
 logger = logging.getLogger(__name__)
 
 # What torch calls the option has changed.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+# Options that change how torch's own reducer works, and no number; this one needs none of them.
+_NEEDLESS = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view")
+
+
+class AveragedDataParallel(DistributedDataParallel):
+    """DistributedDataParallel whose gradients :class:`credit_parallel.reducer.GradientReducer` averages.
+
+    ``no_sync``, ``module`` and the names in its state dict are those of torch's class. Torch's own reducer gets a
+    single parameter, since it cannot be left without one, and is never started.
+
+    Args:
+        module: The model.
+        group: The ranks that gradients are averaged over.
+        bucket_bytes: Size of the buckets that gradients are sent in.
+        **options: Whether buffers are those of the first rank, as torch's class calls that.
+    """
+
+    def __init__(self, module: nn.Module, group: ProcessGroup, bucket_bytes: int, **options: Any) -> None:
+        names: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        plain = {name: p for name, p in names.items() if p.requires_grad and not isinstance(p, DTensor)}
+        smallest = min(plain, key=lambda name: plain[name].numel())
+        others = [name for name, p in names.items() if p is not plain[smallest]]
+        leave_to_others(module, [*others, *(f".{name}" for name in others if "." not in name)])
+        super().__init__(module, process_group=group, init_sync=False, **options)
+        reducer = GradientReducer(module, _reducible(module), group, bucket_bytes)
+        itself = ref(self)  # the reducer must not keep its model alive
+
+        def enabled() -> bool:
+            wrapper = itself()
+            return wrapper is None or bool(wrapper.require_backward_grad_sync)
+
+        reducer.enabled = enabled
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's forward, after the broadcast of buffers where that is wanted."""
+        if self.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            _broadcast_buffers(self.module, self.process_group)
+        out = self.module(*inputs, **kwargs)
+        # As in torch's class, a forward without a reduction after it leaves the buffers as they are.
+        self.require_forward_param_sync = torch.is_grad_enabled() and bool(self.require_backward_grad_sync)
+        return out
+
+    def register_comm_hook(self, state: object, hook: Any) -> None:
+        """Refused: gradients do not go through torch's reducer."""
+        raise ValueError(
+            "register_comm_hook: gradients are averaged as they are; wrap with torch's own class for hooks"
+        )
+
+    def join(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: ranks that share rows must take the same number of steps."""
+        raise ValueError("join: every rank must take the same number of steps; see data_parallel_sampler(drop_last=)")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
+def _broadcast_buffers(module: nn.Module, group: ProcessGroup) -> None:
+    # Of the data alone, as torch's class does it: a forward before this one may have kept a buffer for its backward.
+    broadcast_tensors([buffer.data for buffer in module.buffers()], group)
+
+
+def _reducible(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters that may be trained, now or later."""
+    found = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    return {name: p for name, p in found.items() if not local_of(p).is_meta}
 
 
 def apply_ddp(
@@ -31,8 +99,9 @@ def apply_ddp(
 ) -> nn.Module:
     """Average the gradients of a model over data-parallel ranks while the backward runs, on CPU and GPU.
 
-    Apply it after domain and tensor parallelism. All ranks start with the weights of the first one. Parameters that are
-    divided over tp ranks (DTensors, which torch's class does not take) are averaged at the end of the backward.
+    Apply it after domain and tensor parallelism. All ranks start with the weights of the first one. Each backward
+    averages every gradient, also of parameters that are unfrozen later, that are divided over tp ranks (DTensors), and
+    that only some ranks or some steps use. A parameter without a gradient on any rank keeps none, as on one rank.
 
     Buffers: each forward starts with the buffers of the first replica, as by torch's default. Replicas see other
     samples, so the running statistics of BatchNorm are those of the first replica, on all of them. Where the domain
@@ -43,18 +112,22 @@ def apply_ddp(
         model: The model, on its device.
         dp_mesh: The dp axis; or dp x domain as one axis (:func:`credit_parallel.mesh.fold_domain`), whose gradients are
             averaged over the domain ranks too. None, an axis of one rank, leaves the model as it is.
-        conf: ``trainer.find_unused_parameters``: True where some parameters get no gradient in some steps.
-        **options: Others of DistributedDataParallel.
+        conf: ``trainer.find_unused_parameters`` may be true or false; unused parameters are handled either way.
+        **options: Of DistributedDataParallel ``broadcast_buffers`` (``forward_sync_buffers`` in newer versions of
+            torch) and ``bucket_cap_mb``. ``find_unused_parameters``, ``static_graph`` and ``gradient_as_bucket_view``
+            are taken, and not needed.
 
     Returns:
-        The wrapped model; the model itself where there is nothing to average.
+        The wrapped model, a DistributedDataParallel; the model itself where no parameter is trained, or all that are
+        trained are DTensors. Their gradients are averaged all the same.
 
     Raises:
-        ValueError: If the model is sharded by FSDP2 or wrapped already, or the mesh has several axes or spans a part of
-            the domain ranks.
+        ValueError: If the model is sharded by FSDP2 or wrapped already, has sparse gradients, or the mesh has several
+            axes or spans a part of the domain ranks; for another option.
 
     Collectives:
-        Broadcasts of the weights over the mesh; in each backward, sums of buckets.
+        Broadcasts of the weights over the mesh; in each backward, sums of buckets. Every rank's backward must reach a
+        parameter of the model, or the rank must call :func:`credit_parallel.domain.sync_domain_gradients`.
     """
     if dp_mesh is None or dp_mesh.size() == 1:
         return model
@@ -62,47 +135,43 @@ def apply_ddp(
         raise ValueError(f"apply_ddp: {type(model).__name__} is sharded by FSDP2, or wrapped by DDP, already")
     if dp_mesh.ndim != 1:
         raise ValueError(f"apply_ddp takes the dp axis, or fold_domain(mesh); got {dp_mesh}")
+    flag(trainer_of(conf), "find_unused_parameters")
+    _refuse_sparse(model)
     manager = manager_of(model)
     folds, group = covers_domain(dp_mesh, manager), dp_mesh.get_group()
     own_sync = folds and options.get("broadcast_buffers", True) and options.get(_SYNC_BUFFERS, True)
+    buffers, bucket_bytes = _known(options)
     if folds:
-        options.pop("broadcast_buffers", None)
-        options[_SYNC_BUFFERS] = False
-    options.setdefault("find_unused_parameters", flag(trainer_of(conf), "find_unused_parameters"))
+        buffers = {_SYNC_BUFFERS: False}
     start_equal(model, [group], [manager.data_parallel_group] if folds else None)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        logger.info("no parameter of %s is trained: nothing to average", type(model).__name__)
-        return model
-    divided = [p for p in trained if isinstance(p, DTensor)]
+    parameters = _reducible(model)
+    trained = [p for p in parameters.values() if p.requires_grad]
     wrapped = model
-    if divided:
-        names = [name for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, DTensor)]
-        leave_to_others(model, [*names, *(f".{name}" for name in names if "." not in name)])
-    if len(divided) < len(trained):
-        wrapped = DistributedDataParallel(model, process_group=group, init_sync=False, **options)
+    if any(not isinstance(p, DTensor) for p in trained):
+        wrapped = AveragedDataParallel(model, group, bucket_bytes, **buffers)
         if own_sync and manager.dp_world_size > 1:
             sync_before_forward(wrapped, manager)
-    _average_after_backward(divided, wrapped, group)
+    elif parameters:
+        GradientReducer(model, parameters, group, bucket_bytes)
+    if not trained:
+        logger.info("no parameter of %s is trained: nothing to average", type(model).__name__)
     model._ddp_folds_domain = folds  # type: ignore[assignment]
     return wrapped
 
 
-def _average_after_backward(parameters: Sequence[Tensor], wrapped: nn.Module, group: Any) -> None:
-    """Average gradients once the backward that made any of them has ended, unless it is one of ``no_sync``."""
-    waiting = False
+def _known(options: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The option about buffers, if it is there, and the size of buckets."""
+    known = ("broadcast_buffers", _SYNC_BUFFERS, "bucket_cap_mb", *_NEEDLESS)
+    if strange := sorted(set(options) - set(known)):
+        raise ValueError(f"apply_ddp takes of DistributedDataParallel's options {', '.join(known)}; got {strange}")
+    size = options.get("bucket_cap_mb")
+    if size is not None and not size > 0:
+        raise ValueError(f"apply_ddp: bucket_cap_mb must be a positive number; got {size!r}")
+    buffers = {name: options[name] for name in ("broadcast_buffers", _SYNC_BUFFERS) if name in options}
+    return buffers, BUCKET_BYTES if size is None else int(size * 2**20)
 
-    def average() -> None:
-        nonlocal waiting
-        waiting = False
-        if getattr(wrapped, "require_backward_grad_sync", True):
-            allreduce_grads_avg([p.grad for p in parameters], group)
 
-    def arrived(p: Tensor) -> None:
-        nonlocal waiting
-        if not waiting:
-            waiting = True
-            after_backward(average)
-
-    for p in parameters:
-        p.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+def _refuse_sparse(model: nn.Module) -> None:
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse:
+        raise ValueError(f"apply_ddp: {', '.join(sparse)} has sparse gradients, which are not averaged: sparse=False")

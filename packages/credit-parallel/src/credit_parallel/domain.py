@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from credit_domain import manager as manager_module
@@ -20,6 +22,7 @@ from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_p
 from credit_parallel._torch_private import root_of
 from credit_parallel.collectives import allreduce_grads_avg, start_equal
 from credit_parallel.contract import device_of
+from credit_parallel.reducer import reducer_of, refuse_strangers
 
 
 def apply_domain_parallel(
@@ -131,10 +134,11 @@ def shard_lat_weights(weights: Tensor, target_h: int) -> Tensor:
 
     Returns:
         This rank's rows of the weights. Weights that have ``target_h`` rows, or a single one for all, are returned as
-        they are; and so are all where there is no manager, or a domain of one rank.
+        they are.
 
     Raises:
-        ValueError: On all ranks alike, if any has a target of other rows than :func:`shard_spatial` gives it.
+        ValueError: If the weights have another height than the target: where rows are divided, on all ranks alike, if
+            any rank has a target of other rows than :func:`shard_spatial` gives it.
 
     Collectives:
         A small all-gather the first time that weights are sharded.
@@ -142,10 +146,13 @@ def shard_lat_weights(weights: Tensor, target_h: int) -> Tensor:
     manager = manager_module.get_domain_parallel_manager()  # at each call: it may be made after the loss
     dim = max(-2, -weights.ndim)
     rows = weights.shape[dim] if weights.ndim else 1
-    if manager is None or manager.domain_parallel_size == 1 or rows in (1, target_h):
+    if rows in (1, target_h):
         return weights
-    if getattr(manager, "shard_dim", -2) == -1:
-        return weights
+    if manager is None or manager.domain_parallel_size == 1 or getattr(manager, "shard_dim", -2) == -1:
+        raise ValueError(
+            f"shard_lat_weights: the weights have {rows} rows (shape {tuple(weights.shape)}), and the target, whose "
+            f"rows are not divided, has {target_h}: pass the weights of the target's grid"
+        )
     partition, label = _partition_of(manager, rows), "shard_lat_weights"
     own = partition.interval(manager.domain_rank)
     problem = None
@@ -228,6 +235,8 @@ def _partition_of(manager: Any, rows: int) -> RowPartition:
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:
     """Average gradients over the domain ranks, in place, after the backward; together with FSDP2 and DDP, once.
 
+    Call it before each step of the optimizer, without a domain axis too: it makes sure that every gradient is averaged.
+
     The loss of each rank must be its rows' share, scaled so that the mean over the ranks is the loss of one rank; see
     :func:`credit_parallel.losses.domain_mean`. Rows may be uneven then. Where FSDP2 or DDP average over the domain
     ranks already (:func:`credit_parallel.mesh.fold_domain`), nothing is done. A parameter that has a gradient on some
@@ -235,20 +244,27 @@ def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | Non
 
     Args:
         model: The model.
-        manager: The manager; None, or a domain of one rank, does nothing.
+        manager: The manager; None, or a domain of one rank, has no gradients to average over domain ranks.
 
     Raises:
         ValueError: On all ranks alike, if ranks have other parameters, or a gradient is sparse, or sharded over the
-            domain ranks without :func:`credit_parallel.fsdp2.apply_fsdp2`.
+            domain ranks without :func:`credit_parallel.fsdp2.apply_fsdp2`; naming them, if parameters with a gradient
+            joined the model after DDP or FSDP2 wrapped it, so that nothing averages it.
 
     Collectives:
         One sum of a number for each parameter, and those of :func:`credit_parallel.collectives.allreduce_grads_avg`.
+        Under DDP, those of a backward, if the last backward averaged nothing.
     """
-    raw = get_raw_model(model)
+    raw: nn.Module = get_raw_model(model)
+    reducer = reducer_of(raw)
+    if isinstance(raw, FSDPModule):
+        refuse_strangers(raw, lambda p: isinstance(p, DTensor) or (reducer is not None and reducer.covers(p)))
+    if reducer is not None:
+        reducer.settle()
     if manager is None or manager.domain_parallel_size == 1 or folds_domain(raw):
         return
     group = manager.domain_group
-    parameters = [p for p in raw.parameters() if p.requires_grad]
+    parameters = list(raw.parameters())  # frozen ones too: a gradient may be left from before
     if not parameters:
         return
     shapes = tuple((p.dtype, p.shape) for p in parameters)

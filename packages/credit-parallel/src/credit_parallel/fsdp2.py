@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_mesh import AXES, RankLayout
-from credit_parallel._torch_private import is_view
+from credit_parallel._torch_private import flatten, is_view
 from credit_parallel.blocks import (
     BLOCK_CLASSES,
     _apply_activation_checkpointing,
@@ -34,6 +34,7 @@ from credit_parallel.blocks import (
 from credit_parallel.collectives import start_equal
 from credit_parallel.domain import get_raw_model, manager_of
 from credit_parallel.mesh import covers_domain, fold_domain
+from credit_parallel.reducer import GradientReducer
 from credit_parallel.state_dicts import (
     fsdp2_load_optimizer_state_dict,
     fsdp2_load_state_dict,
@@ -62,7 +63,8 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str,
     """Shard a model's parameters over data-parallel ranks, in place: blocks one by one, then what is left.
 
     Apply it after domain and tensor parallelism, and make the optimizer after it. All ranks start with the weights of
-    the first one. Gradients are averaged over the ranks of the mesh.
+    the first one. Gradients are averaged over the ranks of the mesh. Complex parameters stay whole on every rank, since
+    fully_shard does not take them, and their gradients are averaged as under DDP.
 
     ``conf["trainer"]`` is asked for:
 
@@ -85,7 +87,7 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str,
     Raises:
         ValueError: If torch.distributed is not initialised, the model is sharded already or is a
             DistributedDataParallel, the mesh has more axes or spans tp ranks or a part of the domain ranks, conf names
-            blocks that are not there, or two blocks share a parameter.
+            blocks that are not there, two blocks share a parameter, or a block has parameters of several dtypes.
 
     Collectives:
         Broadcasts of the weights over the mesh.
@@ -96,6 +98,7 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str,
         raise ValueError(f"apply_fsdp2: {type(model).__name__} is sharded, or wrapped by DDP, already")
     trainer, policy, blocks = trainer_of(conf), _build_mp_policy(conf), blocks_of(model, conf)
     _refuse_shared(model, blocks)
+    _refuse_mixed(model, blocks)
     mesh = _default_mesh(model) if dp_mesh is None else dp_mesh
     folds = _checked(mesh, model)
     if flag(trainer, "activation_checkpoint"):
@@ -110,14 +113,24 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str,
             p.data = p.data.contiguous()
     for unit in (*blocks.values(), model):
         unit.register_forward_hook(_owning_outputs)
+    kept = {name: p for name, p in model.named_parameters() if p.is_complex()}
+    ignored = set(kept.values())
     for block in blocks.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
     if trainer.get("fsdp2_mp_policy") is None and flag(trainer, "amp"):
         policy = replace(policy, output_dtype=torch.float32)  # so that losses are not computed in bfloat16
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
     for module in model.modules():
         if isinstance(module, FSDPModule) and dist.get_backend(groups[0]) != "nccl":
             module.set_force_sum_reduction_for_comms(True)  # gloo has no average; the sum is divided afterwards
+    if kept:
+        whole = mesh if mesh.ndim == 1 else flatten(mesh, "_".join(mesh.mesh_dim_names or ("replicate", "shard")))
+        GradientReducer(model, kept, whole.get_group())
+        size = sum(p.numel() * p.element_size() for p in kept.values()) / 2**20
+        logger.info(
+            "%d complex parameters (%.1f MiB) stay whole on every rank, as under DDP: fully_shard takes real ones only",
+            *(len(kept), size),
+        )
     model._fsdp2_folds_domain = folds  # type: ignore[assignment]
     what = ", the domain axis folded in" if folds else ""
     logger.info("parameters sharded over %d ranks: %d blocks, and the rest%s", mesh.size(), len(blocks), what)
@@ -148,6 +161,24 @@ def _refuse_shared(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
                 visit(child, f"{path}{name}.", block)
 
     visit(model, "", id(model))
+
+
+def _refuse_mixed(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Refuse parameters of several real dtypes in one unit: fully_shard sends them as one tensor."""
+    done: set[int] = set()
+    for unit, block in {**blocks, "": model}.items():  # inner blocks come first
+        found: dict[torch.dtype, str] = {}
+        for name, p in block.named_parameters():
+            if id(p) not in done and p.requires_grad and not p.is_complex():
+                found.setdefault(p.dtype, f"{unit}.{name}" if unit else name)
+            done.add(id(p))
+        if len(found) > 1:
+            listed = " and ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in found.items())
+            raise ValueError(
+                "FSDP2 takes trained parameters of one dtype in each block; "
+                f"{unit or type(model).__name__} has {listed}: cast the model to one dtype, make what "
+                "differs a block of its own (trainer.fsdp2_blocks), or use ddp"
+            )
 
 
 def _owning_outputs(module: nn.Module, args: Any, output: Any) -> Any:
@@ -222,9 +253,9 @@ def _build_mp_policy(conf: Mapping[str, Any] | None) -> MixedPrecisionPolicy:
 
     Args:
         conf: The whole configuration, or its ``trainer`` section. ``fsdp2_mp_policy`` has any of ``param_dtype``,
-            ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``, or None to leave it as it is) and
-            ``cast_forward_inputs`` (a bool), for blocks and the model alike. Without it, ``amp: True`` is bfloat16
-            parameters and float32 reductions.
+            ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``, ``"BFloat16"`` or ``"Half"``, or None to
+            leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the model alike. Without it,
+            ``amp: True`` is bfloat16 parameters and float32 reductions.
 
     Raises:
         ValueError: If a key is unknown, or a value no name of a floating-point dtype.
@@ -245,7 +276,7 @@ def _build_mp_policy(conf: Mapping[str, Any] | None) -> MixedPrecisionPolicy:
 def _dtype_of(key: str, value: Any) -> torch.dtype | None:
     if value is None:
         return None
-    dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))
+    dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).lower().removeprefix("torch."))
     if dtype is None or not dtype.is_floating_point:
         raise ValueError(f"trainer.fsdp2_mp_policy.{key} must be one of {', '.join(_DTYPES)}, or null; got {value!r}")
     return dtype

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from credit_domain.casts import cast_module, real_dtype_of
 from credit_domain.trace import meta_copy
 from credit_parallel.blocks import blocks_of
 from credit_parallel.tensor_parallel.checks import check_block, check_model
@@ -80,11 +81,10 @@ def step_cost(
     root = _bytes(p for p in ghost.parameters() if id(p) not in inside)
     fused = [layer for plan in plans for layer in plan.layers.values() if len(layer.parts) > 1]
     if amp:
-        ghost.to(torch.bfloat16)
+        cast_module(ghost, torch.bfloat16)
     outer = [block for name, block in blocks.items() if not any(name.startswith(f"{other}.") for other in blocks)]
     kept, sums = _Kept(ghost, outer), _Sums(plans, outer)
-    dtype = next((p.dtype for p in ghost.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    x = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    x = torch.empty(tuple(shape), dtype=real_dtype_of(ghost), device="meta")
     try:
         with torch.device("meta"), torch.enable_grad(), saved_tensors_hooks(kept.save, lambda tensor: tensor):
             out = ghost(x)

@@ -125,7 +125,9 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
             if isinstance(value, _Shape):
                 p = parameters[name]
                 if value.shape == p.shape:
-                    values[key] = torch.zeros_like(p, dtype=value.dtype)
+                    # Torch casts the states of real parameters only.
+                    dtype = p.dtype if p.is_complex() and value.dtype.is_complex else value.dtype
+                    values[key] = torch.zeros_like(p, dtype=dtype)
                 else:
                     values[key] = torch.zeros(value.shape, dtype=value.dtype, device=p.device)
                 holder.register_buffer(str(len(places)), values[key])

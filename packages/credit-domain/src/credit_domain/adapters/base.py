@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from credit_domain.blocks.base import Block
+from credit_domain.casts import cast_module
 from credit_domain.domain import constant, domain_of, sizes_of
 from credit_domain.footprint import resampled_partition
 from credit_domain.layers.base import DomainParallelLayer
@@ -118,9 +119,9 @@ def _difference(
             plain.to_empty(device="cpu")
             for buffer in plain.buffers():
                 buffer.fill_(1)
-        plain.to("cpu", torch.float64).eval()
+        cast_module(plain, torch.float64, "cpu").eval()
         for parameter in plain.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
         plain._modules.update(children)
         for name, value in attributes.items():
             setattr(plain, name, value)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from credit_domain.adapters.stochastic import DomainParallelDropPath, is_drop_path
+from credit_domain.casts import cast_module
 from credit_domain.domain import Domain, Step, bring, constant, domain_of, sizes_of
 from credit_domain.layers.base import DomainParallelLayer
 from credit_domain.layers.dropout import DomainParallelDropout
@@ -513,9 +514,9 @@ def _plain_copy(module: nn.Module) -> nn.Module:
         plain.to_empty(device="cpu")
         for buffer in plain.buffers():
             buffer.zero_()
-    plain.to("cpu", torch.float64).eval()
+    cast_module(plain, torch.float64, "cpu").eval()
     for parameter in plain.parameters():
-        parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+        parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
     return plain
 
 

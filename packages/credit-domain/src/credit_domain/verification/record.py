@@ -45,6 +45,7 @@ class Recorder:
         self.events: list[Event] = []
         self.stack: list[str] = []
         self.noise: dict[str, int] = {}
+        self.narrow: dict[str, str] = {}
         self.names = {id(module): name for name, module in model.named_modules()}
         # Inside these, tensors hold rows of other ranks; what comes out of them is compared.
         regrouped = [n for n, module in model.named_modules() if getattr(module, "holds_other_rows", False)]
@@ -71,6 +72,11 @@ class Recorder:
         """A function that may mix rows was called."""
         if self._on and function not in self._suspects:
             self._suspects.append(function)
+
+    def narrowed(self, dtype: str) -> None:
+        """Something was computed in a dtype of less than double precision; the first module of each dtype is kept."""
+        if self._on:
+            self.narrow.setdefault(dtype, (self.stack[-1] if self.stack else "") or "the model's own forward")
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._on:
@@ -167,6 +173,10 @@ _MIXES_ROWS: dict[Any, str] = {
 }
 
 
+_NARROW = {torch.float32, torch.complex64, torch.bfloat16, torch.float16}
+"""What a model in double precision computes in only where its own code asks for it."""
+
+
 class _Watch(TorchFunctionMode):
     """Notes functions that may mix rows, and makes random ones return what does not depend on the layout."""
 
@@ -192,7 +202,10 @@ class _Watch(TorchFunctionMode):
         if func in _NOISE_IN_PLACE:
             self._note(func.__name__)
             return args[0].fill_(FIXED_NOISE)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.dtype in _NARROW:
+            self.recorder.narrowed(str(out.dtype).removeprefix("torch."))
+        return out
 
     def _note(self, name: str) -> None:
         self.recorder.noise[name] = self.recorder.noise.get(name, 0) + 1

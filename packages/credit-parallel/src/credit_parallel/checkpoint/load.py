@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,16 @@ from credit_parallel.checkpoint.rng import reseed, set_rng_state
 from credit_parallel.checkpoint.state import (
     MODEL,
     RNG,
+    casts,
+    changed_settings,
+    dtype_problem,
     load_model,
     load_optimizer,
     model_entries,
     model_problem,
     optimizer_problem,
     optimizer_targets,
+    settings_of,
 )
 from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock, stock_from_json
 from credit_parallel.checkpoint.values import names_in, unpack
@@ -34,6 +39,9 @@ from credit_parallel.state_dicts import from_first
 
 if TYPE_CHECKING:
     from credit_parallel.context import ParallelContext
+
+
+logger = logging.getLogger(__name__)
 
 
 class LoadedState(NamedTuple):
@@ -84,6 +92,7 @@ def load_checkpoint(
     sampler: Any = None,
     strict: bool = True,
     verify: bool = True,
+    settings: Literal["checkpoint", "optimizer"] = "checkpoint",
 ) -> LoadedState:
     """Load a checkpoint on any layout of ranks, or on one rank without torch.distributed; every rank calls it.
 
@@ -101,16 +110,23 @@ def load_checkpoint(
         strict: Whether names that only the checkpoint or only the model has are errors, and states that are asked for
             and were not saved. Without it they are left as they are.
         verify: Compare checksums of all files first, which reads them once; each rank takes some of the files.
+        settings: Whose learning rate, weight decay and other settings of parameter groups hold: the checkpoint's, or
+            those that the optimizer has now. A scheduler that is loaded sets the learning rate at its next step.
+
+    What is not as in the checkpoint is said in the log of the first rank: settings that differ, and whose are used;
+    tensors that are cast to another dtype.
 
     Raises:
-        ValueError: On all ranks alike, if there is no checkpoint, or it is of another model or optimizer; it says what
-            differs, and nothing is changed.
+        ValueError: On all ranks alike, if there is no checkpoint, it is of another model or optimizer, or has complex
+            tensors where the model has real ones; it says what differs, and nothing is changed.
         CheckpointError: On all ranks alike, if it is damaged or not complete; it says which file is.
 
     Collectives:
         Those of ``torch.distributed.checkpoint.load`` and some small ones.
     """
     what = "load_checkpoint"
+    if settings not in ("checkpoint", "optimizer"):
+        raise ValueError(f"settings must be 'checkpoint' or 'optimizer'; got {settings!r}")
     opened = open_checkpoint(folder, verify)
     stock, values = opened.stock, opened.values
     given = {"scheduler": scheduler, "scaler": scaler, "sampler": sampler}
@@ -119,10 +135,13 @@ def load_checkpoint(
     model, layout, same_layout, extra = nn.Module(), RankLayout(), False, None
     missing: list[str] = []
     unexpected: list[str] = []
+    saved: dict[str, torch.dtype] = {}
     with together(what):
         model, layout = resolve(target)
         own, others = model_entries(model)
         problem, missing, unexpected = _model_problem(own, others, opened, strict)
+        saved = {name.removeprefix(MODEL): stored.dtype for name, stored in stock.items() if name.startswith(MODEL)}
+        problem = problem or dtype_problem(own, saved)
         if problem:
             raise ValueError(f"{opened.folder} is of another model: {problem}")
         if strict:
@@ -141,7 +160,20 @@ def load_checkpoint(
         loaded.update({name: targets[MODEL + name] for name in own if MODEL + name in targets})
         load_model(model, loaded)
         if optimizer is not None and values["optimizer"] is not None:
+            mine = settings_of(optimizer)
             load_optimizer(model, optimizer, values["optimizer"], targets.__getitem__)
+            changed = changed_settings(mine, settings_of(optimizer))
+            if settings == "optimizer":
+                for group, kept in zip(optimizer.param_groups, mine, strict=True):
+                    group.update(kept)
+            elif changed and rank_and_size()[0] == 0:
+                logger.warning(
+                    "%s: the optimizer goes on with the settings of the checkpoint (%s): pass settings='optimizer' to "
+                    "keep those that it has",
+                    *(opened.folder, "; ".join(changed)),
+                )
+        if (told := casts(own, saved)) and rank_and_size()[0] == 0:
+            logger.warning("%s: values were cast on loading: %s", opened.folder, "; ".join(told))
         rank, size = rank_and_size()
         same_layout = values["layout"] == [layout.dp, layout.tp, layout.domain] and values["ranks"] == size
         if same_layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 import os
@@ -14,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from credit_parallel.checkpoint.load import copy_from, open_checkpoint
-from credit_parallel.checkpoint.ranks import resolve, together
-from credit_parallel.checkpoint.state import MODEL, load_model, model_entries, model_problem
+from credit_parallel.checkpoint.ranks import rank_and_size, resolve, together
+from credit_parallel.checkpoint.state import MODEL, casts, dtype_problem, load_model, model_entries, model_problem
 from credit_parallel.checkpoint.storage import Chunk, Fetch, RawReader, Stored
 from credit_parallel.checkpoint.values import unpack
 
 if TYPE_CHECKING:
     from credit_parallel.context import ParallelContext
+
+
+logger = logging.getLogger(__name__)
 
 
 def export_plain(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -96,6 +100,7 @@ def load_plain(
 
     Raises:
         ValueError: On all ranks alike, if the file cannot be read, or is of another model; nothing is changed then.
+            Complex values do not become real; other casts are said in the log.
 
     Collectives:
         Those of ``torch.distributed.checkpoint.load`` and some small ones.
@@ -107,12 +112,15 @@ def load_plain(
     others: dict[str, Any] = {}
     missing: list[str] = []
     unexpected: list[str] = []
+    dtypes: dict[str, torch.dtype] = {}
     with together(what):
         model, _ = resolve(target)
         own, others = model_entries(model)
         given = _plain_names(source if isinstance(source, Mapping) else _read(Path(source)), key)
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
         problem, missing, unexpected = model_problem(own, list(others), shapes, strict)
+        dtypes = {name: value.dtype for name, value in given.items() if isinstance(value, Tensor)}
+        problem = problem or dtype_problem(own, dtypes)
         if problem:
             raise ValueError(f"{source if not isinstance(source, Mapping) else 'it'} is of another model: {problem}")
     tensors = {name: given[name].detach() for name in own if isinstance(given.get(name), Tensor)}
@@ -124,6 +132,8 @@ def load_plain(
     copy_from(what, RawReader(stock, lambda name, chunk: tensors[name]), targets)
     with together(what):
         load_model(model, {**targets, **{name: given[name] for name in others if name in given}})
+        if (told := casts(own, dtypes)) and rank_and_size()[0] == 0:
+            logger.warning("values were cast on loading: %s", "; ".join(told))
     return missing, unexpected
 
 

@@ -92,7 +92,9 @@ def optimizer_targets(
     def allocate(name: str, p: Tensor) -> None:
         stored = stock[name]
         if stored.shape == tuple(p.shape) and not (name.endswith("/step") and not stored.shape):
-            targets[name] = torch.zeros_like(p, dtype=stored.dtype, requires_grad=False)
+            # Torch casts the states of real parameters when it loads them, and leaves complex ones as they are.
+            dtype = p.dtype if p.is_complex() and stored.dtype.is_complex else stored.dtype
+            targets[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
         else:
             targets[name] = torch.zeros(stored.shape, dtype=stored.dtype, device=p.device if stored.shape else "cpu")
 
@@ -125,6 +127,48 @@ def load_optimizer(
         params = list(range(at, at := at + len(group["params"])))
         groups.append({**unpack(kept["settings"], tensor_of), **own, "params": params})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the groups of an optimizer set for the training: learning rate, weight decay and the like."""
+    return [{k: v for k, v in group.items() if k not in _OWN_SETTINGS} for group in optimizer.param_groups]
+
+
+def changed_settings(mine: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that differ, in words; of a scheduled learning rate that of its start, not of its last step."""
+    found = []
+    for i, (own, other) in enumerate(zip(mine, saved, strict=True)):
+        scheduled = "initial_lr" in own and "initial_lr" in other
+        for key in sorted(set(own) & set(other)):
+            if own[key] != other[key] and not (key == "lr" and scheduled):
+                found.append(f"{key} of group {i}: {other[key]!r} in the checkpoint, {own[key]!r} here")
+    return found
+
+
+def dtype_problem(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> str:
+    """Which complex tensors would lose their imaginary parts; empty if none would."""
+    lost = [
+        f"{name} is {_short(saved[name])} there, {_short(p.dtype)} here"
+        for name, p in own.items()
+        if name in saved and saved[name].is_complex and not p.is_complex()
+    ]
+    return f"complex tensors do not fit into real ones: {_some(lost)}" if lost else ""
+
+
+def casts(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> list[str]:
+    """How tensors are cast while they are loaded, in words; empty if none is."""
+    counts: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for name, p in own.items():
+        if name in saved and saved[name] != p.dtype:
+            counts.setdefault((saved[name], p.dtype), []).append(name)
+    return [
+        f"{len(names)} tensor(s) from {_short(there)} to {_short(here)} ({names[0]}{', ...' if names[1:] else ''})"
+        for (there, here), names in counts.items()
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def model_problem(

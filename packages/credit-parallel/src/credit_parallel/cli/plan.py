@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from credit_domain.casts import cast_module
 from credit_parallel.config import ModelConfig, RunConfig
 from credit_parallel.layouts import LayoutPlans, plan_layouts
 from credit_parallel.models import build_model, parse_options
@@ -143,7 +144,8 @@ def _plans(
     height, width = grid
     model: nn.Module = build_model(
         config, in_channels=channels, out_channels=out_channels, height=height, width=width, periodic=periodic
-    ).to(getattr(torch, dtype))
+    )
+    cast_module(model, getattr(torch, dtype))
     memory = None if args.memory is None else round(args.memory * 2**30)
     shape = (1, channels, height, width)
     return plan_layouts(model, input_shape=shape, world=args.world, gpu_memory=memory, conf=conf, **how)

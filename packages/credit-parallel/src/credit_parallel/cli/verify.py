@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from credit_domain import VerificationReport, verify_domain_parallel
+from credit_domain.casts import cast_module
 from credit_domain.trace import plain_copy
 from credit_parallel.config import ModelConfig
 from credit_parallel.models import build_model, parse_options
@@ -67,14 +68,15 @@ def run(args: argparse.Namespace) -> int:
     if min(args.ranks) < 1:
         raise ValueError(f"--ranks must be 1 or more; got {min(args.ranks)}")
     first = shapes[0]
-    model = build_model(
+    model: nn.Module = build_model(
         ModelConfig(args.model, parse_options(args.option)),
         in_channels=first[1],
         out_channels=first[1] if args.out_channels is None else args.out_channels,
         height=first[-2],
         width=first[-1],
         periodic=True,
-    ).double()
+    )
+    cast_module(model, torch.float64)
     filled = _fill_zeros(model)
     _run_whole(model, shapes)
     verdicts: list[dict[str, Any]] = []
@@ -113,7 +115,7 @@ def _fill_zeros(model: nn.Module) -> list[str]:
     for name in names:
         parameter = model.get_parameter(name)
         with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1)
     return names
 
 

@@ -78,6 +78,7 @@ def _fingerprint(parameter: Tensor) -> Tensor:
         grad = grad.to_local()
     if grad is None:
         return torch.tensor([-1.0, 0.0], dtype=torch.float64, device=parameter.device)
-    flat = grad.detach().reshape(-1).double()
+    numbers = torch.view_as_real(grad.detach().resolve_conj()) if grad.is_complex() else grad.detach()
+    flat = numbers.reshape(-1).double()
     wave = torch.cos(torch.arange(flat.numel(), dtype=torch.float64, device=flat.device))
     return torch.stack([flat.norm(), flat @ wave])

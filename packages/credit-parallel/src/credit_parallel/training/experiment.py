@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from credit_domain import plan_domain_parallel
+from credit_domain.casts import cast_module
 from credit_mesh import RankLayout, RowPartition
 from credit_parallel._torch_private import allow_recompilations
 from credit_parallel.blocks import blocks_of
@@ -234,10 +235,11 @@ def prepare(checked: Checked, device: torch.device) -> Experiment:
             "fsdp2_blocks": list(trainer.fsdp2_blocks),
             "timeout": trainer.timeout,
             "startup_timeout": trainer.first_timeout,
+            "find_unused_parameters": trainer.find_unused_parameters,
         }
     }
     shape = (1, checked.in_channels, grid.height, grid.width)
-    context = parallelize(checked.model.to(device, dtype), conf, input_shape=shape)
+    context = parallelize(cast_module(checked.model, dtype, device), conf, input_shape=shape)
     if trainer.compile:
         compile_blocks(context.model, conf)
     rows = range(grid.height)

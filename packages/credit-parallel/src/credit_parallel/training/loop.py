@@ -25,6 +25,7 @@ from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
 from credit_parallel.training.experiment import Checked, Experiment, prepare, statistics_of
 from credit_parallel.training.log import MetricsLog
+from credit_parallel.training.resuming import changes, follow
 from credit_parallel.training.schedule import make_optimizer, make_scheduler
 from credit_parallel.training.scores import LeadScores
 from credit_parallel.training.stopping import StopOnSignal
@@ -161,7 +162,16 @@ class _Training:
         if not from_first(latest(folder) is not None if self.first else None):
             self.context.seed(self.config.seed)
             return
-        state = self.context.load(folder, self.optimizer, scheduler=self.scheduler, sampler=self.sampler)
+        state = self.context.load(
+            folder, self.optimizer, scheduler=self.scheduler, sampler=self.sampler, settings="optimizer"
+        )
+        follow(self.optimizer, self.scheduler)
+        changed = changes(state.extra.get("config", {}), self.experiment.config.to_dict())
+        if changed and self.first:
+            logger.warning(
+                "going on from step %d with the new values, since the configuration has changed: %s",
+                *(state.step, "; ".join(changed)),
+            )
         self.step, self.saved, self.saved_at = state.step, state.folder, state.step
 
     def loop(self, signals: StopOnSignal) -> None:
@@ -178,7 +188,7 @@ class _Training:
                     "step": self.step,
                     "epoch": self.sampler.epoch,
                     "loss": self.context.value(loss),
-                    "lr": self.scheduler.get_last_lr()[0],
+                    "lr": self.optimizer.param_groups[0]["lr"],
                     "grad_norm": float(norm),
                     "samples_per_second": self.config.batch_size * self.config.log_every / seconds,
                     "memory_mib": memory,
