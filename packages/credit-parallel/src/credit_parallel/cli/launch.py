@@ -46,7 +46,7 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
         }
-        command = [sys.executable, "-m", "credit_parallel", *arguments]
+        command = [sys.executable, *_program(), *arguments]
         outputs = [None if rank == 0 else (Path(folder) / f"{rank}.txt").open("w+b") for rank in range(ranks)]
         processes = [
             subprocess.Popen(
@@ -80,6 +80,14 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
         return 0
     status = processes[failed].returncode
     return status if status > 0 else 128 - status  # ended by a signal, as shells tell it
+
+
+def _program() -> list[str]:
+    """How Python runs this package; with the working directory on its path only where it is on ours."""
+    if sys.path and sys.path[0] in ("", os.getcwd()):
+        return ["-m", "credit_parallel"]
+    # -m would put it there, and a file such as yaml.py in it would be imported; -P is of Python 3.11.
+    return ["-c", "import sys; sys.path[:] = filter(None, sys.path); import credit_parallel.__main__"]
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
