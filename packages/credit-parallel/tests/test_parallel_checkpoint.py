@@ -622,7 +622,7 @@ def test_an_index_that_points_elsewhere(tmp_path):
         load_checkpoint(step, Counter())
     index["tensors"]["model/at"].update(chunks=[[[0], [1000], "rank-00000.bin", 10**9]])
     forge(step, index)
-    with pytest.raises((CheckpointError, ValueError), match="rank 0"):
+    with pytest.raises(CheckpointError, match="lies at 1000000000 of rank-00000.bin"):
         load_checkpoint(step, Counter())
 
 

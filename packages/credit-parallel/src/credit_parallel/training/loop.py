@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from credit_parallel._version import __version__
 from credit_parallel.checkpoint import latest
+from credit_parallel.checkpoint.ranks import together
 from credit_parallel.data.samples import Samples
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
@@ -157,7 +158,10 @@ class _Training:
     def resume(self) -> None:
         """Go on where the last checkpoint was saved, if there is one."""
         folder = self.folder / CHECKPOINTS
-        if not from_first(latest(folder) is not None if self.first else None):
+        there = False
+        with together(str(folder)):  # of a later format, for one
+            there = self.first and latest(folder) is not None
+        if not from_first(there):
             self.context.seed(self.config.seed)
             return
         state = self.context.load(folder, self.optimizer, scheduler=self.scheduler, sampler=self.sampler)
