@@ -5,6 +5,7 @@ A checkpoint is a folder of raw tensors and JSON: nothing in it can run code whe
 
 from credit_parallel.checkpoint.folders import CheckpointError, NewerFormatError, latest
 from credit_parallel.checkpoint.load import LoadedState, load_checkpoint
+from credit_parallel.checkpoint.owner import release
 from credit_parallel.checkpoint.plain import export_plain, load_plain
 from credit_parallel.checkpoint.save import Save, save_checkpoint
 
@@ -17,5 +18,6 @@ __all__ = [
     "latest",
     "load_checkpoint",
     "load_plain",
+    "release",
     "save_checkpoint",
 ]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from credit_parallel._version import __version__
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.ranks import owning, together
 from credit_parallel.data.samples import Samples
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
@@ -76,17 +76,19 @@ def train(checked: Checked, device: torch.device, reporter: Reporter | None = No
         reporter: What shows the progress; called on the first rank alone.
 
     Raises:
-        ValueError: On all ranks alike: values of the data that are no numbers; a checkpoint of another model; gradients
-            that are not finite, after which the last checkpoint stands.
+        ValueError: On all ranks alike: another run that saves into the folder; values of the data that are no
+            numbers; a checkpoint of another model; gradients that are not finite, after which the last checkpoint
+            stands.
 
     Collectives:
         Those of the parts; one small reduction at each step agrees on whether to stop.
     """
-    experiment = prepare(checked, device)
     folder = Path(checked.config.folder)
-    statistics = statistics_of(checked, experiment.context, experiment.rows, folder)
-    experiment = Experiment(checked, experiment.context, device, experiment.dtype, experiment.rows, statistics)
-    return _Training(experiment, folder, reporter or Reporter()).run()
+    with owning(folder / CHECKPOINTS):
+        experiment = prepare(checked, device)
+        statistics = statistics_of(checked, experiment.context, experiment.rows, folder)
+        experiment = Experiment(checked, experiment.context, device, experiment.dtype, experiment.rows, statistics)
+        return _Training(experiment, folder, reporter or Reporter()).run()
 
 
 def summary(experiment: Experiment) -> str:
