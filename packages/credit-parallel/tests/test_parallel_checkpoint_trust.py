@@ -65,14 +65,14 @@ def code(tmp_path, monkeypatch):
     return name, mark, called
 
 
-def changed(trained, tmp_path, change):
+def changed(trained, tmp_path, change, key="config"):
     """A copy of the run whose checkpoint says something else, with checksums that are right."""
     copy = tmp_path / "downloaded"
     subprocess.run(["cp", "-r", str(trained), str(copy)], check=True)
     step = latest(copy / "checkpoints")
     index = json.loads((step / "index.json").read_bytes())
     extra = unpack(index["values"]["extra"], str)
-    change(extra["config"])
+    extra[key] = change(extra[key]) or extra[key]
     index["values"]["extra"] = pack(extra, "extra", {})
     forge(step, index)
     return copy
@@ -191,6 +191,13 @@ def test_index_files_of_grib_are_left_alone(tmp_path, source):
     conf = {**CONF, "data": {"source": str(tmp_path / source)}}
     assert restricted(RunConfig.from_dict(conf), "run")[0].data.options == {"indexpath": ""}
     assert restricted(RunConfig.from_dict(conf), "run", trust=True)[0].data.options == {}
+
+
+@pytest.mark.parametrize("statistics", [5, {"mean": 5}, {"mean": [[1]], "channels": ["u"]}])
+def test_statistics_that_make_no_sense(trained, tmp_path, capsys, statistics):
+    status, text = told(capsys, changed(trained, tmp_path, lambda _: statistics, "statistics"))
+    assert status == 2
+    assert "is damaged: values.extra.statistics must be" in text
 
 
 words = st.text("abcdefghijklmnopqrstuvwxyz_.", min_size=1, max_size=12)

@@ -8,11 +8,13 @@ import json
 import sys
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from credit_mesh import ParallelismConfig
 from credit_parallel._version import __version__
+from credit_parallel.checkpoint.folders import CheckpointError
 from credit_parallel.checkpoint.ranks import together
 from credit_parallel.cli.launch import is_rank, run_ranks
 from credit_parallel.config import RunConfig
@@ -149,7 +151,14 @@ def _saved(folder: Path) -> _Saved:
     extra = unpack(opened.values["extra"], opened.small)
     if not isinstance(extra, dict) or not {"config", "statistics"} <= extra.keys():
         raise ValueError(f"{opened.folder} was not saved by credit-parallel train: it has no configuration")
-    return _Saved(opened.folder, opened.values["step"], RunConfig.from_dict(extra["config"]), extra["statistics"])
+    statistics = extra["statistics"]
+    if not (isinstance(statistics, dict) and all(isinstance(each, list) for each in statistics.values())):
+        raise CheckpointError(f"{opened.folder} is damaged: values.extra.statistics must be lists by their names")
+    if not all(isinstance(each, (str, float, int)) for each in chain.from_iterable(statistics.values())):
+        raise CheckpointError(
+            f"{opened.folder} is damaged: values.extra.statistics must be numbers and names of fields"
+        )
+    return _Saved(opened.folder, opened.values["step"], RunConfig.from_dict(extra["config"]), statistics)
 
 
 def _configuration(config: RunConfig, args: argparse.Namespace, world_size: int) -> RunConfig:
