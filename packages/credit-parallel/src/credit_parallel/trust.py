@@ -68,6 +68,8 @@ def restricted(
         make = _model_of(config.model.name, origin, trust)
     if data is not None:
         every = (None, None)
+        if EMBEDDED in (data, config.data.source) and data != config.data.source:  # options of the other kind of data
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, options={}))
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, source=data, train=every, valid=every)
         )
