@@ -34,6 +34,7 @@ from credit_parallel.checkpoint import (
     save_checkpoint,
 )
 from credit_parallel.checkpoint import save as save_module
+from credit_parallel.checkpoint.owner import OWNER
 from credit_parallel.checkpoint.storage import RawReader, RawWriter
 from credit_parallel.sampler import data_parallel_sampler
 
@@ -428,7 +429,7 @@ def test_random_numbers(tmp_path):
 
 
 def steps_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != OWNER)
 
 
 def load_at(folder):
@@ -622,7 +623,7 @@ def test_an_index_that_points_elsewhere(tmp_path):
         load_checkpoint(step, Counter())
     index["tensors"]["model/at"].update(chunks=[[[0], [1000], "rank-00000.bin", 10**9]])
     forge(step, index)
-    with pytest.raises((CheckpointError, ValueError), match="rank 0"):
+    with pytest.raises(CheckpointError, match="lies at 1000000000 of rank-00000.bin"):
         load_checkpoint(step, Counter())
 
 

@@ -25,7 +25,14 @@ _SIZES = ("in_channels", "out_channels", "height", "width", "periodic")
 
 
 def build_model(
-    config: ModelConfig, *, in_channels: int, out_channels: int, height: int, width: int, periodic: bool
+    config: ModelConfig,
+    *,
+    in_channels: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    periodic: bool,
+    make: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
     """Make the model of a configuration.
 
@@ -39,12 +46,14 @@ def build_model(
         height: Rows of the whole grid.
         width: Columns of the grid.
         periodic: Whether the column after the last one is the first one; an option of this name overrules it.
+        make: What makes the model; None for what :func:`factory` finds under the name, which must be the user's word
+            then: a name that only a checkpoint has goes through :func:`credit_parallel.trust.restricted`.
 
     Raises:
         ValueError: As :func:`factory`; if the factory does not take an option, needs one that is missing, raises, or
             returns no module.
     """
-    make = factory(config.name)
+    make = factory(config.name) if make is None else make
     known = _parameters(make)
     sizes = dict(zip(_SIZES, (in_channels, out_channels, height, width, periodic), strict=True))
     if not {"height", "width"} <= set(known):
@@ -78,29 +87,25 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a name is that of a model of this package."""
+    return name in EXAMPLES or name in EXAMPLES.values()
+
+
 def factory(name: str) -> Callable[..., nn.Module]:
-    """The class or function that makes the models of a name.
+    """The class or function that makes the models of a name that the user gives.
 
     Args:
         name: ``unet``, ``transformer``, or ``package.module:attribute``. Modules of the working directory are found
             too, after installed ones.
 
     Raises:
-        ValueError: If there is no such module or attribute, the module cannot be imported, or the attribute cannot be
-            called.
+        ValueError: If there is no such module or attribute, the module cannot be imported, or the attribute is neither
+            a subclass of ``torch.nn.Module`` nor a function. Nothing was called then.
     """
-    module_name, colon, attribute = EXAMPLES.get(name, name).partition(":")
-    if not (colon and module_name and attribute):
-        near = difflib.get_close_matches(name, EXAMPLES, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"model must be one of {', '.join(EXAMPLES)}, or package.module:factory; got {name!r}{meant}")
-    found: Any = _module(module_name)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model {name}: {module_name} has no {attribute!r}{meant}")
-        found = getattr(found, part)
+    found = _found(name, here=not is_shipped(name))
+    if isinstance(found, type) and not issubclass(found, nn.Module):
+        raise ValueError(f"model {name} must be a subclass of torch.nn.Module; got the class {found.__qualname__}")
     if not callable(found) or isinstance(found, nn.Module):
         kind = type(found).__name__
         raise ValueError(f"model {name} must be a class, or a function that makes a model; got an object of {kind}")
@@ -108,16 +113,51 @@ def factory(name: str) -> Callable[..., nn.Module]:
     return make
 
 
-def _module(name: str) -> Any:
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # for good: the module may import others later
+def module_class(name: str) -> type[nn.Module]:
+    """The class of the models of a name, and never a function; the working directory is not searched.
+
+    Args:
+        name: As for :func:`factory`.
+
+    Raises:
+        ValueError: As :func:`factory`, and for anything but a subclass of ``torch.nn.Module``. Nothing was called then.
+    """
+    found = _found(name, here=False)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(
+            f"model {name}, which a checkpoint names, must be a subclass of torch.nn.Module; got an object of "
+            f"{type(found).__name__}: what makes models in another way you must name yourself, as --model {name}"
+        )
+    return found
+
+
+def _found(name: str, *, here: bool) -> Any:
+    module_name, colon, attribute = EXAMPLES.get(name, name).partition(":")
+    if not (colon and module_name and attribute):
+        near = difflib.get_close_matches(name, EXAMPLES, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model must be one of {', '.join(EXAMPLES)}, or package.module:factory; got {name!r}{meant}")
+    found: Any = _module(module_name, here)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"model {name}: {module_name} has no {attribute!r}{meant}")
+        found = getattr(found, part)
+    return found
+
+
+def _module(name: str, here: bool) -> Any:
+    folder = os.getcwd()
+    if here and folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)  # for good: the module may import others later
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ValueError(f"there is no module {error.name!r}, neither installed nor in {here}") from None
+            where = f"neither installed nor in {folder}" if here else "among the installed ones"
+            raise ValueError(f"there is no module {error.name!r}, {where}") from None
         raise ValueError(f"module {name} could not be imported: {_told(error)}") from error
     except Exception as error:
         raise ValueError(f"module {name} could not be imported: {_told(error)}") from error

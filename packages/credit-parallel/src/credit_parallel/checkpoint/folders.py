@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -16,54 +17,28 @@ import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from credit_parallel.checkpoint import reading
+from credit_parallel.checkpoint.reading import FORMAT, CheckpointError, Index, Manifest, NewerFormatError
+
+__all__ = ["CheckpointError", "Manifest", "NewerFormatError", "check", "commit", "latest", "prune", "start"]
 
 logger = logging.getLogger(__name__)
 
-INDEX, MANIFEST, FORMAT = "index.json", "manifest.json", 1
+INDEX, MANIFEST = "index.json", "manifest.json"
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 _PARTIAL = ".partial-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved, or is damaged."""
-
-
-class Manifest(NamedTuple):
-    """What a complete checkpoint consists of.
-
-    Attributes:
-        step: The step it was saved at.
-        sequence: How many were saved in this folder before, those removed since included.
-        digest: SHA-256 of the index.
-        files: Size and CRC-32 of each file of tensors, by name.
-    """
-
-    step: int
-    sequence: int
-    digest: str
-    files: dict[str, tuple[int, int]]
 
 
 def read_manifest(step_folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: If it is missing, or damaged, or of a later format.
+        NewerFormatError: If it is of a later format.
+        CheckpointError: If it is missing, or damaged.
     """
-    path = step_folder / MANIFEST
-    try:
-        data = json.loads(path.read_bytes())
-        if data["format"] != FORMAT:
-            raise CheckpointError(f"{step_folder} is of format {data['format']}; this program reads format {FORMAT}")
-        files = {str(name): (int(size), int(checksum)) for name, (size, checksum) in data["files"].items()}
-        if any(Path(name).name != name for name in files):
-            raise ValueError("a name of a file is a path")
-        return Manifest(int(data["step"]), int(data["sequence"]), str(data["index"]), files)
-    except FileNotFoundError:
-        raise CheckpointError(f"{step_folder} is no complete checkpoint: {MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{step_folder} is damaged: {MANIFEST} cannot be read ({error!r})") from error
+    return reading.read_manifest(step_folder / MANIFEST)
 
 
 def check(step_folder: Path) -> Manifest:
@@ -75,7 +50,7 @@ def check(step_folder: Path) -> Manifest:
     if _PARTIAL in step_folder.name:
         raise CheckpointError(f"{step_folder} is no complete checkpoint: its save did not end")
     manifest = read_manifest(step_folder)
-    problems = []
+    problems: list[str] = []
     for name, (size, _) in manifest.files.items():
         path = step_folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -87,19 +62,18 @@ def check(step_folder: Path) -> Manifest:
     return manifest
 
 
-def read_index(step_folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """The index of a checkpoint.
+def read_index(step_folder: Path, manifest: Manifest) -> Index:
+    """The index of a checkpoint, checked from end to end.
 
     Raises:
-        CheckpointError: If it is not the one that was saved.
+        CheckpointError: If it is not the one that was saved, or makes no sense.
     """
     path = step_folder / INDEX
-    content = path.read_bytes() if path.is_file() else None
+    content = reading.index_bytes(path)
     if content is None or hashlib.sha256(content).hexdigest() != manifest.digest:
         what = "is missing" if content is None else "is not what was saved: its checksum differs"
         raise CheckpointError(f"{step_folder} is damaged: {INDEX} {what}")
-    index: dict[str, Any] = json.loads(content)
-    return index
+    return reading.parse_index(path, content, manifest)
 
 
 def check_contents(step_folder: Path, names: Sequence[str], manifest: Manifest) -> None:
@@ -129,23 +103,38 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 
     Args:
         folder: The folder of the checkpoints.
+
+    Raises:
+        NewerFormatError: If the one that was saved last is of a format that a later version of this package writes.
     """
-    for path in reversed(_saved(Path(folder))):
+    for _, path, newer in reversed(_listed(Path(folder))):
+        if newer is not None:
+            raise newer
         if _is_good(path):
             return path
     return None
 
 
-def _saved(folder: Path) -> list[Path]:
-    """The checkpoints whose manifests can be read, in the order in which they were saved."""
-    found = []
+def _listed(folder: Path) -> list[tuple[float, Path, NewerFormatError | None]]:
+    """The checkpoints whose manifests can be read, as they were saved: sequences, folders, and later formats.
+
+    Where the sequence of a later format cannot be read, it counts as the last.
+    """
+    found: list[tuple[float, Path, NewerFormatError | None]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if _NAME.fullmatch(path.name) and path.is_dir():
             try:
-                found.append((read_manifest(path).sequence, path))
+                found.append((read_manifest(path).sequence, path, None))
+            except NewerFormatError as error:
+                found.append((math.inf if error.sequence is None else error.sequence, path, error))
             except CheckpointError as error:
                 logger.warning("%s; it is passed over", error)
-    return [path for _, path in sorted(found)]
+    return sorted(found, key=lambda entry: entry[:2])
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The checkpoints that this version can read, in the order in which they were saved."""
+    return [path for _, path, newer in _listed(folder) if newer is None]
 
 
 def _is_good(path: Path) -> bool:
@@ -187,7 +176,7 @@ def commit(partial: Path, step: int, index: Mapping[str, Any], files: Mapping[st
     manifest = {
         "format": FORMAT,
         "step": step,
-        "sequence": max((read_manifest(path).sequence for path in _saved(final.parent)), default=-1) + 1,
+        "sequence": max((int(n) for n, _, _ in _listed(final.parent) if n < math.inf), default=-1) + 1,
         "index": hashlib.sha256(content).hexdigest(),
         "files": files,
     }

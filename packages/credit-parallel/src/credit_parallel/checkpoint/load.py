@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from credit_halo import naming_missing_ranks
 from credit_mesh import RankLayout
 from credit_parallel.checkpoint import folders
-from credit_parallel.checkpoint.folders import CheckpointError, Manifest
 from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, resolve, together, torch_errors
-from credit_parallel.checkpoint.rng import reseed, set_rng_state
+from credit_parallel.checkpoint.reading import CheckpointError, Index
+from credit_parallel.checkpoint.rng import read_rng_state, reseed, set_rng_state
 from credit_parallel.checkpoint.state import (
     MODEL,
     RNG,
@@ -31,9 +31,10 @@ from credit_parallel.checkpoint.state import (
     model_problem,
     optimizer_problem,
     optimizer_targets,
+    rehearse_optimizer,
     settings_of,
 )
-from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock, stock_from_json
+from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock
 from credit_parallel.checkpoint.values import names_in, unpack
 from credit_parallel.state_dicts import from_first
 
@@ -136,6 +137,7 @@ def load_checkpoint(
     missing: list[str] = []
     unexpected: list[str] = []
     saved: dict[str, torch.dtype] = {}
+    generators: dict[str, Any] = {}
     with together(what):
         model, layout = resolve(target)
         own, others = model_entries(model)
@@ -149,11 +151,16 @@ def load_checkpoint(
         if optimizer is not None and values["optimizer"] is not None:
             if problem := optimizer_problem(model, optimizer, values["optimizer"], stock):
                 raise ValueError(f"{opened.folder} is of another optimizer: {problem}")
+            rehearse_optimizer(model, optimizer, values["optimizer"], stock, str(opened.folder))
             targets.update(optimizer_targets(model, optimizer, values["optimizer"], stock))
         targets.update({MODEL + name: value for name, value in own.items() if MODEL + name in stock})
+        rank, size = rank_and_size()
+        same_layout = values["layout"] == [layout.dp, layout.tp, layout.domain] and values["ranks"] == size
+        if same_layout:
+            generators = read_rng_state(opened.small(f"{RNG}{rank}"), str(opened.folder))
         for key, thing in given.items():
             if thing is not None and values[key] is not None:
-                thing.load_state_dict(unpack(values[key], opened.small))
+                _load_state(key, thing, opened)
     copy_from(what, RawReader(stock, opened.files.fetch), targets)
     with together(what):
         loaded = {name: value for name, value in unpack(values["model"], opened.small).items() if name in others}
@@ -174,10 +181,8 @@ def load_checkpoint(
                 )
         if (told := casts(own, saved)) and rank_and_size()[0] == 0:
             logger.warning("%s: values were cast on loading: %s", opened.folder, "; ".join(told))
-        rank, size = rank_and_size()
-        same_layout = values["layout"] == [layout.dp, layout.tp, layout.domain] and values["ranks"] == size
         if same_layout:
-            set_rng_state(opened.small(f"{RNG}{rank}"))
+            set_rng_state(generators)
         else:
             reseed(values["seed"], values["step"], layout)
         extra = unpack(values["extra"], opened.small)
@@ -193,7 +198,6 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
     """
     what, chosen = "load_checkpoint", Path(folder).absolute()
     rank, size = rank_and_size()
-    manifest: Manifest | None = None
     with together(what):
         if rank == 0:
             if not folders.is_step_folder(chosen):
@@ -203,21 +207,13 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
                 chosen = found
             folders.check(chosen)
     chosen = Path(from_first(str(chosen)))
-    stock: dict[str, Any] = {}
-    values: dict[str, Any] = {}
+    index = Index({}, {})
     with together(what):
         manifest = folders.read_manifest(chosen)
         index = folders.read_index(chosen, manifest)
         if verify:
             folders.check_contents(chosen, sorted(manifest.files)[rank::size], manifest)
-        try:
-            stock, values = stock_from_json(index["tensors"]), index["values"]
-            strangers = {chunk.file for stored in stock.values() for chunk in stored.chunks} - set(manifest.files)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{chosen} is damaged: its index makes no sense ({error!r})") from error
-        if strangers:
-            raise CheckpointError(f"{chosen} is damaged: its index names files that are no part of it: {strangers}")
-    return Opened(chosen, stock, values, Mapped(chosen, stock))
+    return Opened(chosen, index.stock, index.values, Mapped(chosen, index.stock))
 
 
 def copy_from(what: str, reader: RawReader, targets: dict[str, Tensor]) -> None:
@@ -237,6 +233,24 @@ def _model_problem(
     saved = {name: shape for name, shape in saved.items() if MODEL + name not in names_in(packed)}
     saved.update({name: () for name, _ in packed["dict"]})
     return model_problem(own, list(others), saved, strict)
+
+
+def _load_state(key: str, thing: Any, opened: Opened) -> None:
+    """Load the state of a scheduler or the like.
+
+    Raises:
+        ValueError: As it raises itself.
+        CheckpointError: If it cannot make anything of the state.
+    """
+    try:
+        thing.load_state_dict(unpack(opened.values[key], opened.small))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{opened.folder} is damaged, or of another {key}: {type(thing).__name__} cannot load values.{key} "
+            f"of {folders.INDEX} ({error!r})"
+        ) from error
 
 
 def _refuse_unsaved(given: Mapping[str, Any], opened: Opened) -> None:

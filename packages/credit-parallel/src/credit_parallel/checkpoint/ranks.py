@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from credit_halo import ExchangeError, naming_missing_ranks
 from credit_mesh import RankLayout
 from credit_parallel.checkpoint.folders import CheckpointError
+from credit_parallel.checkpoint.owner import claim, release
 from credit_parallel.contract import gather_numbers, place_of
 from credit_parallel.domain import get_raw_model, manager_of
 
@@ -79,6 +81,27 @@ def together(what: str) -> Iterator[None]:
         text if len(failed) == len(kinds) else f"on rank {', '.join(failed)}: {text}" for text, failed in ranks.items()
     )
     raise (CheckpointError if 2 in kinds else ValueError)(f"{what}: {told}") from problem
+
+
+@contextmanager
+def owning(folder: Path) -> Iterator[None]:
+    """Around a run that saves into a folder: no other run does meanwhile; every rank calls it.
+
+    Raises:
+        ValueError: On all ranks alike, if another run has it.
+
+    Collectives:
+        Those of :func:`together`.
+    """
+    taken = False
+    with together(str(folder)):
+        if rank_and_size()[0] == 0:
+            taken = claim(folder.absolute())
+    try:
+        yield
+    finally:
+        if taken:
+            release(folder)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from credit_halo import naming_missing_ranks
 from credit_mesh import RankLayout
 from credit_parallel.checkpoint import folders
 from credit_parallel.checkpoint.folders import CheckpointError
+from credit_parallel.checkpoint.owner import claim
 from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, resolve, together, torch_errors
 from credit_parallel.checkpoint.rng import rng_state
 from credit_parallel.checkpoint.state import MODEL, RNG, model_entries, optimizer_entries
@@ -62,8 +63,9 @@ def save_checkpoint(
     process that is killed at any moment leaves the checkpoints before this one as they were.
 
     Args:
-        folder: The folder of the checkpoints of this training, on a file system that all ranks share. Nothing else may
-            save into it.
+        folder: The folder of the checkpoints of this training, on a file system that all ranks share. It is this
+            program's from the first save until the program ends, or calls
+            :func:`credit_parallel.checkpoint.release`.
         target: The context, or the model, wrapped or not.
         optimizer: Of the model's parameters.
         step: How many steps were taken; the name of the checkpoint.
@@ -80,7 +82,8 @@ def save_checkpoint(
         The save; :meth:`Save.wait` makes sure that it is on the disk. One that is not asynchronous is.
 
     Raises:
-        ValueError: On all ranks alike, if something cannot be saved, or ranks differ in what they save.
+        ValueError: On all ranks alike, if something cannot be saved, ranks differ in what they save, or another program
+            saves into the folder.
         CheckpointError: On all ranks alike, if it cannot be written, or the asynchronous save before this one was not.
 
     Collectives:
@@ -107,7 +110,9 @@ def save_checkpoint(
     )
     partial = Path()
     with together(what):
-        partial = folders.start(Path(folder).absolute(), step) if rank == 0 else partial
+        if rank == 0:
+            claim(Path(folder).absolute())
+            partial = folders.start(Path(folder).absolute(), step)
     partial = Path(from_first(str(partial)))
     with together(what):
         if not partial.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from credit_parallel.checkpoint.reading import CheckpointError
 from credit_parallel.checkpoint.storage import Stock
 from credit_parallel.checkpoint.values import names_in, pack, unpack
 from credit_parallel.state_dicts import is_plain_part, names_of, optimizer_misfits, plain_name
+
+logger = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, RNG = "model/", "optimizer/", "rng/"
 
@@ -108,6 +113,30 @@ def optimizer_targets(
     return targets
 
 
+def rehearse_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], stock: Stock, where: str
+) -> None:
+    """Load a saved state into a shadow of an optimizer, whose tensors have shapes and no values.
+
+    Raises:
+        CheckpointError: If the optimizer finds keys missing, or values of other types; ``where`` is the checkpoint.
+    """
+    shadow = object.__new__(type(optimizer))
+    shadow.__dict__.update(optimizer.__dict__)
+    names = names_of(model, optimizer)
+    shadows = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in names}
+    shadow.state = defaultdict(dict)
+    shadow.param_groups = [{**group, "params": [shadows[p] for p in group["params"]]} for group in shadow.param_groups]
+    try:
+        _load(shadow, list(names.values()), saved, lambda name: _outline(stock, name))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where} is damaged, or of another optimizer: {type(optimizer).__name__} cannot load its state ({error!r})"
+        ) from None
+    except (RuntimeError, NotImplementedError) as error:
+        logger.debug("%s wants values of its state, and could not be tried beforehand: %s", type(optimizer), error)
+
+
 def load_optimizer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -115,7 +144,12 @@ def load_optimizer(
     tensor_of: Callable[[str], Tensor],
 ) -> None:
     """Give an optimizer a saved state, whose tensors are there."""
-    names = list(names_of(model, optimizer).values())
+    _load(optimizer, list(names_of(model, optimizer).values()), saved, tensor_of)
+
+
+def _load(
+    optimizer: torch.optim.Optimizer, names: list[str], saved: Mapping[str, Any], tensor_of: Callable[[str], Tensor]
+) -> None:
     number = {name: i for i, name in enumerate(names)}
     state = {
         number[name]: {key: unpack(value, tensor_of) for key, value in values.items()}

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,33 +53,48 @@ Stock = Mapping[str, Stored]
 
 
 def stock_to_json(stock: Stock) -> dict[str, Any]:
-    """The tensors' index, as :func:`stock_from_json` reads it."""
+    """The tensors' index, as :func:`credit_parallel.checkpoint.reading.parse_index` reads it."""
     return {
         name: {"dtype": str(stored.dtype).removeprefix("torch."), "shape": stored.shape, "chunks": stored.chunks}
         for name, stored in stock.items()
     }
 
 
-def stock_from_json(data: Mapping[str, Any]) -> dict[str, Stored]:
-    """The index of the tensors.
+def refuse_uncovered(name: str, stored: Stored) -> None:
+    """Make sure that chunks cover a tensor, each value once.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If they do not.
     """
-    return {name: _stored(name, entry) for name, entry in data.items()}
+    for chunk in stored.chunks:
+        inside = len(chunk.offsets) == len(chunk.sizes) == len(stored.shape) and all(
+            offset >= 0 and size >= 1 and offset + size <= length
+            for offset, size, length in zip(chunk.offsets, chunk.sizes, stored.shape, strict=True)
+        )
+        if not inside:
+            raise ValueError(
+                f"{name} of shape {stored.shape} has a chunk of {chunk.sizes} at {chunk.offsets}, outside of it"
+            )
+    if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != math.prod(stored.shape):
+        raise ValueError(f"{name} of shape {stored.shape} has {len(stored.chunks)} chunks that do not add up to it")
+    if any(_overlapping(stored.chunks, len(stored.shape))):
+        raise ValueError(f"{name} of shape {stored.shape} has chunks that overlap")
 
 
-def _stored(name: str, entry: Any) -> Stored:
-    dtype = getattr(torch, str(entry["dtype"]), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name} is of an unknown dtype, {entry['dtype']!r}")
-    chunks = [
-        Chunk(tuple(offsets), tuple(sizes), str(file), int(start)) for offsets, sizes, file, start in entry["chunks"]
-    ]
-    stored = Stored(dtype, tuple(entry["shape"]), tuple(chunks))
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(stored.shape):
-        raise ValueError(f"{name} of shape {stored.shape} has {len(chunks)} chunks that do not add up to it")
-    return stored
+def _overlapping(chunks: Sequence[Chunk], ndim: int) -> Iterator[bool]:
+    if not ndim:
+        yield len(chunks) > 1
+        return
+    dim = max(range(ndim), key=lambda d: len({chunk.offsets[d] for chunk in chunks}))
+    open_ones: list[Chunk] = []
+    for chunk in sorted(chunks, key=lambda c: c.offsets[dim]):
+        open_ones = [other for other in open_ones if other.offsets[dim] + other.sizes[dim] > chunk.offsets[dim]]
+        for other in open_ones:
+            yield all(
+                a < b + n and b < a + m
+                for a, m, b, n in zip(chunk.offsets, chunk.sizes, other.offsets, other.sizes, strict=True)
+            )
+        open_ones.append(chunk)
 
 
 Fetch = Callable[[str, Chunk], Tensor]
@@ -143,7 +158,8 @@ class RawWriter(StorageWriter):
         for name, meta in metadata.state_dict_metadata.items():
             assert isinstance(meta, TensorStorageMetadata)
             self.stock[name] = Stored(meta.properties.dtype, tuple(meta.size), tuple(chunks[name]))
-        stock_from_json(stock_to_json(self.stock))  # raises if anything is not covered
+        for name, stored in self.stock.items():
+            refuse_uncovered(name, stored)
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing to do."""

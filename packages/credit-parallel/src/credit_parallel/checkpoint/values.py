@@ -9,18 +9,25 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+DEEPEST = 64
+"""How deep containers may be nested in one another."""
 
-def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+
+def pack(value: Any, path: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     """What JSON can hold of a value.
 
     Args:
         value: None, bools, numbers, text, tensors, and dicts, lists and tuples of them.
         path: What errors call it; tensors get it as their name.
         tensors: Gets the tensors.
+        depth: In how many containers the value is.
 
     Raises:
-        ValueError: If something is of another type, which could be restored only by running code.
+        ValueError: If something is of another type, which could be restored only by running code, or is nested more
+            deeply than :data:`DEEPEST`.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"{path[:80]}... is nested more than {DEEPEST} deep; a checkpoint holds no more")
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, DTensor) or (isinstance(value, Tensor) and value.is_sparse):
@@ -30,9 +37,15 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": path}
     if isinstance(value, Mapping):
         kind = "counter" if isinstance(value, Counter) else "dict"
-        return {kind: [[pack(k, f"{path} key", tensors), pack(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+        inner = depth + 1
+        return {
+            kind: [
+                [pack(k, f"{path} key", tensors, inner), pack(v, f"{path}.{k}", tensors, inner)]
+                for k, v in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
-        items = [pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        items = [pack(item, f"{path}.{i}", tensors, depth + 1) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, (bool, int, float, str)) or getattr(value, "shape", None) == ():  # of a subclass, or numpy's
         plain = (
@@ -40,7 +53,7 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             if hasattr(value, "item")
             else next(t(value) for t in (int, float, str) if isinstance(value, t))
         )
-        return pack(plain, path, tensors)
+        return pack(plain, path, tensors, depth)
     raise ValueError(
         f"{path} is of type {type(value).__name__}; a checkpoint holds None, bools, numbers, text, tensors, and "
         "dicts, lists and tuples of them"

@@ -8,11 +8,13 @@ import json
 import sys
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from credit_mesh import ParallelismConfig
 from credit_parallel._version import __version__
+from credit_parallel.checkpoint.folders import CheckpointError
 from credit_parallel.checkpoint.ranks import together
 from credit_parallel.cli.launch import is_rank, run_ranks
 from credit_parallel.config import RunConfig
@@ -43,6 +45,11 @@ Examples:
   torchrun --nproc-per-node 8 -m credit_parallel forecast runs/first --steps 40 --out f.zarr
 """
 
+CODE = """\
+A folder may come from someone else. By itself it names the models of this package and data files that run nothing;
+any other model, options of the reader and addresses of data must be named here too, or the folder trusted.
+"""
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -64,6 +71,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth of the starts")
     parser.add_argument("--data", metavar="SOURCE", help="data to start from, in place of those of the training")
+    code = parser.add_argument_group("code", CODE)
+    code.add_argument("--model", metavar="NAME", help="the model, as package.module:factory, in place of RUN's word")
+    code.add_argument("--trust", action="store_true", help="import and open whatever RUN names")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the fields: a NetCDF file (.nc) or a Zarr store (.zarr)")
     output.add_argument("--compression", type=int, default=0, metavar="N", help="level of zlib, 1 to 9; 0 for none")
@@ -86,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from credit_parallel.plots.figures import new_figure
     from credit_parallel.training.distributed import device_named, joined, place
     from credit_parallel.training.experiment import check
+    from credit_parallel.trust import restricted
 
     if args.ranks < 1 or args.every < 1:
         raise ValueError(f"--ranks and --every must be 1 or more; got {args.ranks} and {args.every}")
@@ -96,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
     saved = _saved(Path(args.folder))
     at = place()
     world_size = at.world_size if is_rank() else args.ranks
-    config = _configuration(saved.config, args, world_size)
-    checked = check(config, world_size, training=False)
+    config, make = restricted(saved.config, saved.folder, model=args.model, data=args.data, trust=args.trust)
+    config = _configuration(config, args, world_size)
+    checked = check(config, world_size, training=False, make=make)
     steps = config.trainer.rollout if args.steps is None else args.steps
     starts = _starts(checked, args, steps)
     picture = _picture(checked, args, starts[0], steps) if args.plot else None
@@ -139,15 +151,19 @@ def _saved(folder: Path) -> _Saved:
     extra = unpack(opened.values["extra"], opened.small)
     if not isinstance(extra, dict) or not {"config", "statistics"} <= extra.keys():
         raise ValueError(f"{opened.folder} was not saved by credit-parallel train: it has no configuration")
-    return _Saved(opened.folder, opened.values["step"], RunConfig.from_dict(extra["config"]), extra["statistics"])
+    statistics = extra["statistics"]
+    if not (isinstance(statistics, dict) and all(isinstance(each, list) for each in statistics.values())):
+        raise CheckpointError(f"{opened.folder} is damaged: values.extra.statistics must be lists by their names")
+    if not all(isinstance(each, (str, float, int)) for each in chain.from_iterable(statistics.values())):
+        raise CheckpointError(
+            f"{opened.folder} is damaged: values.extra.statistics must be numbers and names of fields"
+        )
+    return _Saved(opened.folder, opened.values["step"], RunConfig.from_dict(extra["config"]), statistics)
 
 
 def _configuration(config: RunConfig, args: argparse.Namespace, world_size: int) -> RunConfig:
-    """That of the training, with other data, ranks and device where arguments say so."""
-    data, trainer, before = config.data, config.trainer, config.trainer.parallelism
-    if args.data:
-        every = (None, None)
-        data = dataclasses.replace(data, source=args.data, train=every, valid=every)
+    """That of the training, with other ranks and device where arguments say so."""
+    trainer, before = config.trainer, config.trainer.parallelism
     domain = args.domain or (before.domain if world_size > 1 else 1)
     tensor = args.tensor or (before.tensor if world_size > 1 else 1)
     if world_size % (tensor * domain):
@@ -159,7 +175,7 @@ def _configuration(config: RunConfig, args: argparse.Namespace, world_size: int)
     mode = "ddp" if before.data == "none" and world_size > tensor * domain else before.data
     parallelism = ParallelismConfig(mode, tensor, domain)
     trainer = dataclasses.replace(trainer, parallelism=parallelism, device=args.device or trainer.device)
-    return dataclasses.replace(config, data=data, trainer=trainer)
+    return dataclasses.replace(config, trainer=trainer)
 
 
 def _starts(checked: Checked, args: argparse.Namespace, steps: int) -> list[int]:

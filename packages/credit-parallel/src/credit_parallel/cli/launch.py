@@ -71,7 +71,7 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
     Returns:
         The exit status of the first rank that failed; 0 if none did.
     """
-    return start_and_watch([sys.executable, "-m", "credit_parallel", *arguments], ranks)
+    return start_and_watch([sys.executable, *_program(), *arguments], ranks)
 
 
 def start_and_watch(command: Sequence[str], ranks: int) -> int:
@@ -103,6 +103,14 @@ def start_and_watch(command: Sequence[str], ranks: int) -> int:
             if output is not None:
                 output.close()
     return 0 if failed is None else failed.exit_status
+
+
+def _program() -> list[str]:
+    """How Python runs this package; with the working directory on its path only where it is on ours."""
+    if sys.path and sys.path[0] in ("", os.getcwd()):
+        return ["-m", "credit_parallel"]
+    # -m would put it there, and a file such as yaml.py in it would be imported; -P is of Python 3.11.
+    return ["-c", "import sys; sys.path[:] = filter(None, sys.path); import credit_parallel.__main__"]
 
 
 def _start(

@@ -13,7 +13,7 @@ from credit_parallel.data.files import FileSource
 from credit_parallel.data.rossby_haurwitz import RossbyHaurwitz
 from credit_parallel.data.source import Source
 
-_TUTORIAL = "tutorial:"
+TUTORIAL = "tutorial:"
 
 
 def open_source(data: DataConfig) -> Source:
@@ -27,8 +27,8 @@ def open_source(data: DataConfig) -> Source:
         return _embedded(data)
     source = os.path.expanduser(data.source)
     paths = [source]
-    if source.startswith(_TUTORIAL):
-        paths = [_fetched(source.removeprefix(_TUTORIAL))]
+    if source.startswith(TUTORIAL):
+        paths = [_fetched(source.removeprefix(TUTORIAL))]
     elif "://" not in source and not os.path.exists(source):
         paths = sorted(glob.glob(source, recursive=True))
         if not paths:
@@ -58,9 +58,9 @@ def _fetched(name: str) -> str:
         with xarray().tutorial.open_dataset(name, cache=True) as ds:
             return str(ds.encoding["source"])
     except ImportError as error:
-        raise ValueError(f"data.source: {_TUTORIAL}{name} is fetched with pooch: pip install pooch ({error})") from None
+        raise ValueError(f"data.source: {TUTORIAL}{name} is fetched with pooch: pip install pooch ({error})") from None
     except Exception as error:
         raise ValueError(
-            f"data.source: {_TUTORIAL}{name} cannot be fetched: {one_line(error)}; it needs a network the first time, "
+            f"data.source: {TUTORIAL}{name} cannot be fetched: {one_line(error)}; it needs a network the first time, "
             "and a name of xarray.tutorial"
         ) from None

@@ -78,7 +78,9 @@ def channels_in(config: RunConfig, source: Source) -> int:
     return config.data.history * len(source.channels) + forcings
 
 
-def check(config: RunConfig, world_size: int, *, training: bool = True) -> Checked:
+def check(
+    config: RunConfig, world_size: int, *, training: bool = True, make: Callable[..., nn.Module] | None = None
+) -> Checked:
     """Find what is wrong with a configuration, before a rank starts.
 
     Opens the data (and reads no fields), builds the model, and works out who gets which rows.
@@ -87,6 +89,7 @@ def check(config: RunConfig, world_size: int, *, training: bool = True) -> Check
         config: The configuration.
         world_size: How many ranks there will be.
         training: Whether there must be samples to train on.
+        make: What makes the model. None takes the configuration's word for it, which must be the user's then.
 
     Raises:
         ValueError: If the ranks do not divide, the batch does not divide over them, the data have not what is asked
@@ -137,6 +140,7 @@ def check(config: RunConfig, world_size: int, *, training: bool = True) -> Check
         height=grid.height,
         width=grid.width,
         periodic=grid.periodic,
+        make=make,
     )
     partition = RowPartition.even(grid.height, 1)
     if layout.domain > 1:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from credit_halo import naming_missing_ranks
 from credit_parallel._version import __version__
 from credit_parallel.checkpoint import latest
+from credit_parallel.checkpoint.ranks import owning, together
 from credit_parallel.data.samples import Samples
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
@@ -77,17 +78,19 @@ def train(checked: Checked, device: torch.device, reporter: Reporter | None = No
         reporter: What shows the progress; called on the first rank alone.
 
     Raises:
-        ValueError: On all ranks alike: values of the data that are no numbers; a checkpoint of another model; gradients
-            that are not finite, after which the last checkpoint stands.
+        ValueError: On all ranks alike: another run that saves into the folder; values of the data that are no
+            numbers; a checkpoint of another model; gradients that are not finite, after which the last checkpoint
+            stands.
 
     Collectives:
         Those of the parts; one small reduction at each step agrees on whether to stop.
     """
-    experiment = prepare(checked, device)
     folder = Path(checked.config.folder)
-    statistics = statistics_of(checked, experiment.context, experiment.rows, folder)
-    experiment = Experiment(checked, experiment.context, device, experiment.dtype, experiment.rows, statistics)
-    return _Training(experiment, folder, reporter or Reporter()).run()
+    with owning(folder / CHECKPOINTS):
+        experiment = prepare(checked, device)
+        statistics = statistics_of(checked, experiment.context, experiment.rows, folder)
+        experiment = Experiment(checked, experiment.context, device, experiment.dtype, experiment.rows, statistics)
+        return _Training(experiment, folder, reporter or Reporter()).run()
 
 
 def summary(experiment: Experiment) -> str:
@@ -159,7 +162,10 @@ class _Training:
     def resume(self) -> None:
         """Go on where the last checkpoint was saved, if there is one."""
         folder = self.folder / CHECKPOINTS
-        if not from_first(latest(folder) is not None if self.first else None):
+        there = False
+        with together(str(folder)):  # of a later format, for one
+            there = self.first and latest(folder) is not None
+        if not from_first(there):
             self.context.seed(self.config.seed)
             return
         state = self.context.load(
