@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -98,14 +99,11 @@ def with_plain_names(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str,
         return state
     _log(changed)
     copied = {changed.get(name, name): value for name, value in state.items()}
-    if not hasattr(state, "_metadata"):
-        return copied
-    kept = state.copy() if isinstance(state, dict) else copied  # what torch keeps of versions lies beside the entries
-    if kept is not copied:
-        kept.clear()
-        kept.update(copied)
-        kept._metadata = state._metadata  # type: ignore[attr-defined]
-    return kept
+    # What torch keeps of versions lies beside the entries of its own kind of dict.
+    kept: Any = OrderedDict(copied)
+    if hasattr(state, "_metadata"):
+        kept._metadata = state._metadata
+    return cast(Mapping[str, Any], kept)
 
 
 def rename_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
