@@ -232,7 +232,7 @@ def test_custom_converters_win_by_type_path_and_predicate():
         custom = {key: dl.DomainParallelPeriodicConv2d, Periodic2: lambda m: nn.Identity()}
         convert(model, custom_converters=custom)
         assert [type(m) for m in model] == [dl.DomainParallelPeriodicConv2d, nn.Identity, dl.DomainParallelConv2d]
-        assert model[0].conv.label
+        assert model[0]._modules["conv"].label
         assert [key for key in keys if not key.startswith("1.")] == list(model.state_dict())
     # A key for a layer of torch comes before the rule.
     model = make()

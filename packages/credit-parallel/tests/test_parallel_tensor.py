@@ -632,12 +632,12 @@ def test_an_undeclared_partial_gradient_is_found() -> None:
 def test_nothing_opted_in(caplog: pytest.LogCaptureFixture) -> None:
     def rank_main(rank: int, mesh: DeviceMesh) -> None:
         apply_tensor_parallel(nn.Linear(2, 2), mesh)
-        assert apply_native_tensor_parallel(build(Mlp), mesh)._tp_native
+        with pytest.raises(ValueError, match="no block of Sequential declares _tp_plan, so there is nothing to divide"):
+            apply_native_tensor_parallel(build(Mlp), mesh)
 
     with caplog.at_level(logging.WARNING):
         on_ranks(2, rank_main)
     assert "no block of Linear declares _tp_col and _tp_row: all 2 tp ranks compute the same" in caplog.text
-    assert "no block of Sequential declares _tp_plan" in caplog.text
 
 
 # Refusals

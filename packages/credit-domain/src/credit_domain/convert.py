@@ -15,6 +15,7 @@ from torch import nn
 from credit_domain.layers.base import DomainParallelLayer
 from credit_domain.layers.interpolate import DomainParallelInterpolate
 from credit_domain.rules import Fate, decide, needs_halo
+from credit_domain.saved_names import rename_loaded
 from credit_domain.stride import granularity_of, window_sizes_of
 from credit_mesh import DomainParallelManager
 
@@ -400,6 +401,7 @@ def _set_granularity(manager: Any, granularity: int) -> int:
 def _finish(model: nn.Module, manager: Any, report: ConversionReport) -> nn.Module:
     model.__dict__["_domain_parallel_manager"] = manager
     model.__dict__["_domain_parallel_report"] = report
+    model.register_load_state_dict_pre_hook(rename_loaded)  # type: ignore[no-untyped-call, unused-ignore]
     logger.info("%s", report)
     return model
 

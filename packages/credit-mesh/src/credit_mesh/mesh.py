@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from credit_mesh.config import ParallelismConf, ParallelismConfig, config_of
@@ -57,7 +59,22 @@ def build_device_mesh(
         return None, {}
     sizes = {axis: layout.size(axis) for axis in AXES if layout.size(axis) > 1}
     mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    _axes.update({mesh.get_group(axis): (ref(mesh), axis) for axis in sizes})
     return mesh, {axis: mesh[axis] for axis in sizes}
+
+
+# The whole mesh and the axis of a group. Weak, since a mesh keeps its groups, which are to end with their world.
+_axes: WeakKeyDictionary[ProcessGroup, tuple[ref[DeviceMesh], str]] = WeakKeyDictionary()
+
+
+def mesh_of(group: ProcessGroup) -> DeviceMesh | None:
+    """The 1-D mesh of a group, where :func:`build_device_mesh` made it and the whole mesh still lives; None elsewhere.
+
+    A group alone does not tell what mesh it is an axis of, and parameters that are sharded along two axes need that.
+    """
+    found = _axes.get(group)
+    mesh = None if found is None else found[0]()
+    return None if found is None or mesh is None else mesh[found[1]]
 
 
 def data_parallel_coords(conf: Mapping[str, Any]) -> tuple[int, int]:

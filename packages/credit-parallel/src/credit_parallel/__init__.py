@@ -22,7 +22,12 @@ from credit_parallel.mesh import fold_domain
 from credit_parallel.metrics import ACC, MAE, RMSE, Bias, ZonalSpectrum
 from credit_parallel.sampler import data_parallel_sampler
 from credit_parallel.seeds import global_noise, noise_like, seed_ranks
-from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
+from credit_parallel.tensor_parallel import (
+    apply_native_tensor_parallel,
+    apply_tensor_parallel,
+    supports_native_tp,
+    sync_replicated_gradients,
+)
 
 __all__ = [
     "ACC",
@@ -37,6 +42,7 @@ __all__ = [
     "apply_ddp",
     "apply_domain_parallel",
     "apply_fsdp2",
+    "apply_native_tensor_parallel",
     "apply_tensor_parallel",
     "build_device_mesh",
     "check_batch",
@@ -57,6 +63,7 @@ __all__ = [
     "seed_ranks",
     "shard_lat_weights",
     "shard_spatial",
+    "supports_native_tp",
     "sync_domain_gradients",
     "sync_replicated_gradients",
     "total_grad_norm",

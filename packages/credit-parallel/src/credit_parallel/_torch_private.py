@@ -51,6 +51,11 @@ def leave_to_others(module: nn.Module, names: Iterable[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))  # type: ignore[no-untyped-call]
 
 
+def left_to_others(module: nn.Module) -> list[str]:
+    """The names that :func:`leave_to_others` gave for a module; nothing public tells."""
+    return list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+
+
 def is_view(x: Tensor) -> bool:
     """Whether autograd knows a tensor as a view of another; nothing public tells."""
     return x._base is not None

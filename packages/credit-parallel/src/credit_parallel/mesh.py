@@ -76,9 +76,11 @@ def register_dp_group(group: ProcessGroup | None) -> None:
     """Say which ranks hold other samples and the same tp and domain coordinates; None forgets it.
 
     Raises:
-        ValueError: If torch.distributed is not initialised.
+        ValueError: If a group is given and torch.distributed is not initialised.
     """
     if not dist.is_initialized():
+        if group is None:
+            return  # a program on one process says so too, and there is nothing to forget
         raise ValueError("register_dp_group needs torch.distributed: call init_process_group() first")
     world = dist.group.WORLD
     assert isinstance(world, ProcessGroup)

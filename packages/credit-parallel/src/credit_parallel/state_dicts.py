@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from credit_domain.saved_names import plain_names, with_plain_names
 from credit_halo import naming_missing_ranks
 from credit_parallel.contract import device_of
 from credit_parallel.domain import get_raw_model
@@ -37,7 +38,8 @@ def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
 
     Args:
         model: The model.
-        sd: On the first rank of the world a state dict of the plain model; on other ranks it is not read.
+        sd: On the first rank of the world a state dict of the plain model, or of a converted model of the reference
+            (``a.conv.weight`` for ``a.weight``); on other ranks it is not read.
 
     Raises:
         ValueError: On all ranks alike, if names are missing or unknown, or shapes differ.
@@ -47,6 +49,8 @@ def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
     """
     model = get_raw_model(model)
     own = {plain_name(name): name for name in model.state_dict()}
+    if _is_first():
+        sd = {plain_name(name): value for name, value in with_plain_names(model, sd).items()}
     _raise_together(_misfits(model, own, sd) if _is_first() else "", "fsdp2_load_state_dict")
     if dist.is_initialized():
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -115,6 +119,8 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
     names = names_of(model, opt)
     parameters = {name: p for p, name in names.items()}
     wanted = [[names[p] for p in group["params"]] for group in opt.param_groups]
+    if _is_first():
+        sd = _with_plain_names(get_raw_model(model), sd)
     _raise_together(optimizer_misfits(parameters, wanted, sd) if _is_first() else "", "fsdp2_load_optimizer_state_dict")
     state, settings = from_first(_outline(sd) if _is_first() else None)
     # Tensors of a parameter's shape are divided as it is. torch's functions divide those of a module.
@@ -140,6 +146,17 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
         {**group, "params": [number[name] for name in mine]} for mine, group in zip(wanted, settings, strict=True)
     ]
     opt.load_state_dict({"state": {number[name]: values for name, values in state.items()}, "param_groups": groups})
+
+
+def _with_plain_names(model: nn.Module, sd: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An optimizer's state under the model's names, where it is of a converted model of the reference."""
+    listed = [name for group in sd["param_groups"] for name in group["params"]]
+    changed = {name: plain_name(other) for name, other in plain_names(model, {*sd["state"], *listed}).items()}
+    state = {changed.get(name, name): values for name, values in sd["state"].items()}
+    groups = [
+        {**group, "params": [changed.get(name, name) for name in group["params"]]} for group in sd["param_groups"]
+    ]
+    return {**sd, "state": state, "param_groups": groups}
 
 
 def is_plain_part(value: Any) -> bool:

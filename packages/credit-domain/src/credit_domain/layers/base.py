@@ -73,6 +73,24 @@ class DomainParallelLayer(nn.Module):
                 raise
             return getattr(self.__dict__["_wrapped"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what the wrapped module has, such as ``eps``, on that, since ``forward`` reads it there.
+
+        Raises:
+            ValueError: If the name is one of the wrapped module itself, such as ``conv``: the layer is made of it.
+        """
+        own = getattr(type(self), name, None)
+        if isinstance(value, nn.Module) and isinstance(own, property) and own.fset is None:
+            raise ValueError(
+                f"{self.label}: {name} cannot be replaced, because the layer is made of it. Set its parameters, or "
+                "make a new layer of another module"
+            )
+        wrapped = self.__dict__.get("_wrapped")
+        if wrapped is not None and own is None and name not in self.__dict__ and name in wrapped.__dict__:
+            setattr(wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__["_layer"] = new_layer()  # a copy learns for itself

@@ -287,28 +287,36 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
         self.__dict__["_modules"] = {**periodic_conv._modules, "conv": conv}
 
     @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution itself, as the wrapped module has it: without the padding around it."""
+        inner: nn.Conv2d = self._padded.wrapped
+        return inner
+
+    @property
+    def _padded(self) -> DomainParallelConv2d:
+        """The convolution with the padding in it: the child that computes."""
+        padded: Any = self._modules["conv"]
+        return padded  # type: ignore[no-any-return]
+
+    @property
     def weight(self) -> Tensor:
         """The weight of the convolution."""
-        weight: Tensor = self.conv.weight
-        return weight
+        return self.conv.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the convolution."""
-        bias: Tensor | None = self.conv.bias
-        return bias
+        return self.conv.bias
 
     @property
     def halo_width(self) -> int:
         """The most rows that a rank reads beyond either side of its own."""
-        width: int = self.conv.halo_width
-        return width
+        return self._padded.halo_width
 
     @property
     def halo_exchange(self) -> HaloExchange | None:
         """The exchange of that halo as a layer of its own; as that of DomainParallelConv2d."""
-        exchange: HaloExchange | None = self.conv.halo_exchange
-        return exchange
+        return self._padded.halo_exchange
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the whole of which ``x``, (B, C, H, W), is this rank's part.
@@ -320,7 +328,7 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
         Collectives:
             One message to and from each rank within reach, forward and backward.
         """
-        out: Tensor = self.conv(x)
+        out: Tensor = self._padded(x)
         return out
 
 

@@ -27,6 +27,11 @@ class _Norm(WeightedLayer):
     ) -> None:
         super().__init__(norm, shard_dim, manager=manager, label=label)
 
+    @property
+    def norm(self) -> Any:
+        """The wrapped normalisation."""
+        return self.wrapped
+
 
 class DomainParallelGroupNorm(_Norm):
     """:class:`torch.nn.GroupNorm` with the statistics of all ranks' rows, on a sharded tensor (B, C, ...).

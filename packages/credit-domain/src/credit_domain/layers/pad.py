@@ -111,20 +111,36 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
         self.__dict__["_conv"] = second
 
     @property
-    def conv(self) -> DomainParallelConv2d:
-        """The convolution, with the padding in it."""
+    def conv(self) -> nn.Conv2d:
+        """The convolution itself, as the wrapped branch has it: without the padding around it."""
+        inner: nn.Conv2d = self._padded.wrapped
+        return inner
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the convolution."""
+        return self.conv.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the convolution."""
+        return self.conv.bias
+
+    @property
+    def _padded(self) -> DomainParallelConv2d:
+        """The convolution with the padding in it: the child that computes."""
         padded: Any = self._modules[self.__dict__["_conv"]]
         return padded  # type: ignore[no-any-return]
 
     @property
     def halo_width(self) -> int:
         """The most rows that a rank reads beyond either side of its own."""
-        return self.conv.halo_width
+        return self._padded.halo_width
 
     @property
     def halo_exchange(self) -> HaloExchange | None:
         """The exchange of that halo as a layer of its own; as that of DomainParallelConv2d."""
-        return self.conv.halo_exchange
+        return self._padded.halo_exchange
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad and convolve the whole of which ``x``, (B, C, H, W), is this rank's part.
@@ -136,7 +152,7 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
         Collectives:
             One message to and from each rank within reach, forward and backward.
         """
-        out: Tensor = self.conv(x)
+        out: Tensor = self._padded(x)
         return out
 
 

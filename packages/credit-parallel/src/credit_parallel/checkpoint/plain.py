@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from credit_domain.saved_names import with_plain_names
 from credit_parallel.checkpoint.load import copy_from, open_checkpoint
 from credit_parallel.checkpoint.ranks import rank_and_size, resolve, together
 from credit_parallel.checkpoint.state import MODEL, casts, dtype_problem, load_model, model_entries, model_problem
 from credit_parallel.checkpoint.storage import Chunk, Fetch, RawReader, Stored
 from credit_parallel.checkpoint.values import unpack
+from credit_parallel.state_dicts import plain_name
 
 if TYPE_CHECKING:
     from credit_parallel.context import ParallelContext
@@ -87,7 +89,8 @@ def load_plain(
     """Load a state dict of the plain model into a model on any layout of ranks; every rank calls it.
 
     A file is mapped, and each rank reads what it needs of it. It is read by ``torch.load(weights_only=True)``, which
-    runs no code. Names may begin with ``module.`` or ``_orig_mod.``, as wrapped models save them.
+    runs no code. Names may begin with ``module.`` or ``_orig_mod.``, as wrapped models save them, and may be those of a
+    converted model of the reference (``a.conv.weight`` for ``a.weight``).
 
     Args:
         source: A file that ``torch.save`` wrote, or a state dict, the same on every rank.
@@ -117,6 +120,7 @@ def load_plain(
         model, _ = resolve(target)
         own, others = model_entries(model)
         given = _plain_names(source if isinstance(source, Mapping) else _read(Path(source)), key)
+        given = {plain_name(name): value for name, value in with_plain_names(model, given).items()}
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
         problem, missing, unexpected = model_problem(own, list(others), shapes, strict)
         dtypes = {name: value.dtype for name, value in given.items() if isinstance(value, Tensor)}

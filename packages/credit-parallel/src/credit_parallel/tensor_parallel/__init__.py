@@ -32,6 +32,9 @@ a ``Sequential``, where it can be seen. What ``forward`` itself does with all ch
 of heads that something else was told (an einops ``Rearrange``). Dropout there draws a mask for this rank's channels
 alone.
 
+**One layer at a time.** :class:`TpColConv2d`, :class:`TpColLinear`, :class:`TpRowConv2d` and :class:`TpRowLinear` are
+the same layers for blocks that put them in place themselves.
+
 **Parameters.** Divided ones are DTensors, contiguous slices of the logical weight: names, logical shapes, optimizer
 states and checkpoints know nothing of tp, and plain checkpoints load. Where a layer has parts, a rank's slice is not
 what it works with; the rows of the weight then change places between the ranks at each forward, and their gradients
@@ -48,8 +51,13 @@ from credit_parallel.tensor_parallel.apply import (
 )
 from credit_parallel.tensor_parallel.gradients import sync_replicated_gradients
 from credit_parallel.tensor_parallel.parameters import _is_tp_sharded_param
+from credit_parallel.tensor_parallel.single import TpColConv2d, TpColLinear, TpRowConv2d, TpRowLinear
 
 __all__ = [
+    "TpColConv2d",
+    "TpColLinear",
+    "TpRowConv2d",
+    "TpRowLinear",
     "_is_tp_sharded_param",
     "apply_native_tensor_parallel",
     "apply_tensor_parallel",

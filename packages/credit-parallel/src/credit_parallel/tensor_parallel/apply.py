@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from credit_halo.agreement import agree
 from credit_parallel.tensor_parallel.checks import check_block, check_model
-from credit_parallel.tensor_parallel.declaration import BlockPlan, declares, read_block
+from credit_parallel.tensor_parallel.declaration import BlockPlan, declares, makes_its_weight, read_block
 from credit_parallel.tensor_parallel.layers import divide_layer
 from credit_parallel.tensor_parallel.parameters import (
     add_property,
@@ -54,7 +54,8 @@ def apply_native_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -
     """Make the blocks of a model that declare a ``_tp_plan`` tensor-parallel.
 
     Such as ``_tp_plan = {"to_q": "colwise", "to_k": "colwise", "to_v": "colwise", "to_out": "rowwise"}``, of
-    :class:`torch.nn.Linear` alone. All else is as in :func:`apply_tensor_parallel`.
+    :class:`torch.nn.Linear` alone. A block of which a layer makes its weight (spectral normalisation, parametrisations)
+    stays whole on every rank, and a warning says so. All else is as in :func:`apply_tensor_parallel`.
 
     Args:
         model: The model.
@@ -64,7 +65,8 @@ def apply_native_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -
         The model, changed in place, with ``_tp_group`` and ``_tp_native``.
 
     Raises:
-        ValueError: As :func:`apply_tensor_parallel`.
+        ValueError: As :func:`apply_tensor_parallel`, and if no block declares a ``_tp_plan``; see
+            :func:`supports_native_tp`.
 
     Collectives:
         Those of :func:`apply_tensor_parallel`.
@@ -82,6 +84,11 @@ def _apply(model: nn.Module, mesh: DeviceMesh | None, native: bool) -> nn.Module
         return model
     if mesh.ndim != 1:
         raise ValueError(f"tp_mesh must be the 1-D mesh of the tp axis, such as mesh['tp']; got {mesh}")
+    if native and not supports_native_tp(model):
+        raise ValueError(
+            f"apply_native_tensor_parallel: no block of {type(model).__name__} declares _tp_plan, so there is nothing "
+            "to divide. Ask supports_native_tp(model) first, or declare _tp_col and _tp_row, for apply_tensor_parallel"
+        )
     if mesh.size() > 1:
         _divide(model, mesh, native)
     model.__dict__["_tp_group_name"] = mesh.get_group().group_name
@@ -95,6 +102,8 @@ def _divide(model: nn.Module, mesh: DeviceMesh, native: bool) -> None:
     """Read, check and agree; then change."""
     group = mesh.get_group().group_name
     blocks = [(name, module) for name, module in model.named_modules() if declares(module, native)]
+    whole = [name for name, module in blocks if native and makes_its_weight(module)]
+    blocks = [(name, module) for name, module in blocks if name not in whole]
     new = [(name, module) for name, module in blocks if not hasattr(module, "_tp_applied")]
     plans = [read_block(name, block, mesh.size(), native) for name, block in new]
     problems = [
@@ -105,17 +114,22 @@ def _divide(model: nn.Module, mesh: DeviceMesh, native: bool) -> None:
     problems += [problem for plan in plans for problem in check_block(plan, mesh.size())]
     problems += check_model(model, plans)
     _agree(model, mesh, plans, problems)
-    if new:
+    if whole:
+        logger.warning(
+            "%d of %d blocks that declare _tp_plan stay whole on each of %d tp ranks, since layers of theirs make "
+            "their weights (such as by spectral normalisation): %s",
+            *(len(whole), len(whole) + len(blocks), mesh.size(), ", ".join(name or "the model" for name in whole)),
+        )
+    if new or whole:
         broadcast_all(model, mesh)
         for plan in plans:
             _change(plan, mesh, group)
     elif blocks:
         logger.info("every block that opts in is tensor-parallel already")
     else:
-        names = "_tp_plan" if native else "_tp_col and _tp_row"
         logger.warning(
-            "no block of %s declares %s: all %d tp ranks compute the same, whole model",
-            *(type(model).__name__, names, mesh.size()),
+            "no block of %s declares _tp_col and _tp_row: all %d tp ranks compute the same, whole model",
+            *(type(model).__name__, mesh.size()),
         )
     tp_groups.add(mesh.get_group())
 

@@ -93,6 +93,18 @@ def declares(module: nn.Module, native: bool) -> bool:
     return any(declared(module, name) for name in (("_tp_plan",) if native else ("_tp_col", "_tp_row")))
 
 
+def makes_its_weight(block: nn.Module) -> bool:
+    """Whether a layer of a block's ``_tp_plan`` computes its weight, as spectral normalisation does."""
+    for path in declared(block, "_tp_plan", ()):
+        try:
+            layer = block.get_submodule(path)
+        except AttributeError:
+            continue  # which is said where the plan is read
+        if hasattr(layer, "weight_orig") or is_parametrized(layer, "weight"):
+            return True
+    return False
+
+
 def read_block(name: str, block: nn.Module, size: int, native: bool) -> BlockPlan:
     """Read the declarations of a block.
 
@@ -150,7 +162,7 @@ def _read_layer(plan: BlockPlan, path: str, role: str, native: bool) -> LayerPla
     layer = _module(plan, path, f"the {role}-parallel layer")
     if layer is None:
         return None
-    problem = "is named twice" if path in plan.layers else _unfit(layer, native)
+    problem = "is named twice" if path in plan.layers else unfit(layer, native)
     if problem:
         plan.problems.append(f"{plan.at(path)} ({type(layer).__name__}) {problem}")
         return None
@@ -158,8 +170,13 @@ def _read_layer(plan: BlockPlan, path: str, role: str, native: bool) -> LayerPla
     return plan.layers[path]
 
 
-def _unfit(layer: nn.Module, native: bool) -> str | None:
-    """Why a layer cannot be divided, if it cannot."""
+def unfit(layer: nn.Module, native: bool) -> str | None:
+    """Why a layer cannot be divided, if it cannot.
+
+    Args:
+        layer: The layer.
+        native: Whether it is one of a ``_tp_plan``.
+    """
     if is_parametrized(layer):
         modules = [module for name, module in layer.named_modules() if name.startswith("parametrizations.")]
         kinds = [type(module).__name__.strip("_") for module in modules if not isinstance(module, nn.ModuleList)]

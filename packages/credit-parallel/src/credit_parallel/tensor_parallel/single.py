@@ -1,0 +1,244 @@
+"""Column- and row-parallel layers one by one, for blocks that put them in place themselves.
+
+A column layer takes all channels and gives this rank's; a row layer takes this rank's and gives all. Together they are
+the two layers of one rank, with whatever treats channels apart between them. Blocks that declare their layers
+(:func:`credit_parallel.tensor_parallel.apply_tensor_parallel`) are checked for the rest; these layers are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from credit_halo._torch_private import group_by_name
+from credit_halo.agreement import agree
+from credit_mesh.mesh import mesh_of
+from credit_parallel.contract import device_of
+from credit_parallel.tensor_parallel.declaration import unfit
+from credit_parallel.tensor_parallel.layers import divide_layer
+from credit_parallel.tensor_parallel.parameters import broadcast_all, tp_groups
+from credit_parallel.tensor_parallel.region import Region
+
+
+class _Single(nn.Module):
+    """What the four layers share.
+
+    Attributes:
+        tp_group: The tp group.
+    """
+
+    _kind: ClassVar[type[nn.Module]]
+    _role: ClassVar[str]
+    _child: ClassVar[str]
+
+    def __init__(self, layer: nn.Module, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__()
+        label = type(self).__name__
+        if not dist.is_initialized():
+            raise ValueError(f"{label} needs torch.distributed: call torch.distributed.init_process_group() first")
+        mesh = _mesh(tp_group, label)
+        group = mesh.get_group()
+        problem = self._problem(layer, mesh.size())
+        agree(group, None, label, lambda: f"{label} of {layer}", device_of(group), problem)
+        self.__dict__["_tp_group_name"] = group.group_name
+        own = copy.deepcopy(layer)
+        broadcast_all(own, mesh)
+        bias = own._parameters["bias"]
+        if self._role == "row":  # it is added after the sum, once, and is a parameter of this module
+            own.register_parameter("bias", None)
+            self.register_parameter("bias", bias)
+        divide_layer(own, self._role, (_channels(own, self._role),), mesh, Region(), label)
+        self.add_module(self._child, own)
+        tp_groups.add(group)
+
+    @property
+    def tp_group(self) -> ProcessGroup:
+        """The tp group; a layer that had the group itself could not be copied."""
+        return group_by_name(self.__dict__["_tp_group_name"])
+
+    def _problem(self, layer: nn.Module, size: int) -> str | None:
+        what = f"{type(self).__name__} of {type(layer).__name__}"
+        if not isinstance(layer, self._kind):
+            return f"{what}: expected a torch.nn.{self._kind.__name__}"
+        problem = unfit(layer, native=False)
+        if problem is not None:
+            return f"{what}: it {problem}"
+        total = _channels(layer, self._role)
+        if total % size:
+            name = (
+                f"{'out' if self._role == 'column' else 'in'}_{'features' if self._child == 'linear' else 'channels'}"
+            )
+            return f"{what}: {name}={total} is not divisible by the tensor-parallel degree {size}"
+        return None
+
+
+class _SingleRow(_Single):
+    _role = "row"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All output channels, the same on every tp rank.
+
+        Args:
+            x: This rank's input channels.
+
+        Raises:
+            ValueError: If they are not as many as this rank's slice of the weight takes.
+            ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+        Collectives:
+            One sum, in the forward.
+        """
+        out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
+        if self.bias is None:
+            return out
+        # In the dtype of the operator, which under autocast is not that of the bias.
+        return out + self.bias.to(out.dtype).view(-1, *[1] * (2 if self._child == "conv" else 0))
+
+    bias: nn.Parameter | None
+
+
+class _SingleColumn(_Single):
+    _role = "column"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's output channels.
+
+        Args:
+            x: All input channels, the same on every tp rank.
+
+        Raises:
+            ValueError: On all ranks alike, if shape, dtype or the need for a gradient of ``x`` differ.
+            ExchangeError: If a peer died, or did not answer within the timeout of the group.
+
+        Collectives:
+            One sum of the gradient of ``x``, in the backward.
+        """
+        out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
+        return out
+
+
+class TpColConv2d(_SingleColumn):
+    """A 1x1 convolution whose output channels are divided over tp ranks.
+
+    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
+    ``conv.weight`` and ``conv.bias``.
+
+    Args:
+        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
+            one count.
+        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
+            group that comes from :func:`credit_mesh.build_device_mesh`.
+
+    Raises:
+        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
+
+    Collectives:
+        A small all-gather, then a broadcast of each parameter.
+    """
+
+    _kind, _child = nn.Conv2d, "conv"
+    conv: nn.Conv2d
+
+    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(conv, tp_group)
+
+
+class TpRowConv2d(_SingleRow):
+    """A 1x1 convolution whose input channels are divided over tp ranks.
+
+    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
+    ``conv.weight`` and ``bias``.
+
+    Args:
+        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
+            one count.
+        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
+            group that comes from :func:`credit_mesh.build_device_mesh`.
+
+    Raises:
+        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
+
+    Collectives:
+        A small all-gather, then a broadcast of each parameter.
+    """
+
+    _kind, _child = nn.Conv2d, "conv"
+    conv: nn.Conv2d
+
+    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(conv, tp_group)
+
+
+class TpColLinear(_SingleColumn):
+    """A linear layer whose output channels are divided over tp ranks.
+
+    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
+    ``linear.weight`` and ``linear.bias``.
+
+    Args:
+        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
+        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
+            group that comes from :func:`credit_mesh.build_device_mesh`.
+
+    Raises:
+        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
+
+    Collectives:
+        A small all-gather, then a broadcast of each parameter.
+    """
+
+    _kind, _child = nn.Linear, "linear"
+    linear: nn.Linear
+
+    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(linear, tp_group)
+
+
+class TpRowLinear(_SingleRow):
+    """A linear layer whose input channels are divided over tp ranks.
+
+    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
+    ``linear.weight`` and ``bias``.
+
+    Args:
+        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
+        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
+            group that comes from :func:`credit_mesh.build_device_mesh`.
+
+    Raises:
+        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
+
+    Collectives:
+        A small all-gather, then a broadcast of each parameter.
+    """
+
+    _kind, _child = nn.Linear, "linear"
+    linear: nn.Linear
+
+    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(linear, tp_group)
+
+
+def _channels(layer: nn.Module, role: str) -> int:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight.shape[0 if role == "column" else 1]
+
+
+def _mesh(group: ProcessGroup | DeviceMesh | None, label: str) -> DeviceMesh:
+    """The 1-D mesh of a group."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"{label}: tp_group must be one group, or the 1-D mesh of the tp axis; got {group}")
+        return group
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(f"{label}: tp_group must be a group that this rank is in, or a mesh; got {group!r}")
+    known = mesh_of(group)
+    kind: Any = device_of(group).type
+    return known if known is not None else DeviceMesh.from_group(group, kind, mesh_dim_names=("tp",))
