@@ -39,6 +39,10 @@ PATHS = {
     "shuffled": lambda: (nn.AvgPool2d(2), nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.PixelShuffle(2))),
     "two levels": lambda: (nn.Sequential(strided(), strided()), nn.Sequential(*[nn.Upsample(scale_factor=2)] * 2)),
     "at once": lambda: (nn.Sequential(strided(), strided()), nn.Upsample(scale_factor=4)),
+    "cropped": lambda: (
+        nn.Conv2d(2, 2, 2, 2, 1),
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.ZeroPad2d(-1)),
+    ),
     "resampled": lambda: (nn.Upsample(scale_factor=0.5), nn.ConvTranspose2d(2, 2, 4, 2, 1)),
 }
 CASES = [(2, 2), (1, 2, 1), (1, 3), (2, 1, 1), (1, 2, 2), (3, 1, 1), (1, 1, 3), (2, 1, 3), (3, 3), (4, 1), (4, 4)]

@@ -193,8 +193,8 @@ _strided: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], tuple[tuple[int,
 def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, label: str) -> None:
     """Refuse to come back to the rows before a stride on a partition with which they would broadcast.
 
-    Where boundaries are no multiples of a stride, an upsampling does not undo it. A skip connection then adds rows of
-    other numbers, which torch refuses unless a rank has one row on either side.
+    Where boundaries are no multiples of a stride, neither an upsampling nor a crop after it undoes it. A skip
+    connection then adds rows of other numbers, which torch refuses unless a rank has one row on either side.
 
     Raises:
         ValueError: On all ranks alike, if so.
@@ -203,16 +203,15 @@ def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, lab
     if domain.size == 1 or before == after or torch.compiler.is_compiling():
         return
     known = _strided.setdefault(group_by_name(domain.group), {})
-    if 2 * after <= before + 1:
+    held, where = known.get((domain.declared, after), (target, ""))
+    if any(a != b and 1 in (a, b) for a, b in zip(held, target, strict=True)):
+        raise ValueError(
+            f"{label}: the {after} rows that {where} read as {held} over the ranks come back as {target}, so that a "
+            "skip connection would broadcast single rows; divide the rows at multiples of the model's total stride: "
+            "set manager.granularity before the height is declared"
+        )
+    if after < before and 2 * after <= before + 4:  # a stride of two or more, with some padding
         known[domain.declared, before] = (source, label)
-    elif after > before:
-        held, where = known.get((domain.declared, after), (target, ""))
-        if any(a != b and 1 in (a, b) for a, b in zip(held, target, strict=True)):
-            raise ValueError(
-                f"{label}: the {after} rows that {where} read as {held} over the ranks come back as {target}, so that "
-                "a skip connection would broadcast single rows; divide the rows at multiples of the model's total "
-                "stride: set manager.granularity before the height is declared"
-            )
 
 
 def has_strides(domain: Domain) -> bool:

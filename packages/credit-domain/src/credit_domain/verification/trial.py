@@ -149,10 +149,11 @@ class Trial:
             ghost.follow(model)
         tensors = [value for _, value in tensors_in({"args": args, "kwargs": kwargs})]
         own = next((t.shape[self._shard_dim] for t in tensors if t.ndim >= 3 and not _is_whole(t)), 0)
-        rows = sum(self._told(own))
+        sizes = self._told(own)
+        rows = sum(sizes)
         device = next((x.device for x in tensors if not x.is_meta), torch.device("cpu"))
         marked = _map((args, kwargs), lambda value: self._mark(value, own, rows))
-        if problem := self._attempt(marked[0], marked[1], rows, device):
+        if problem := self._attempt(marked[0], marked[1], rows, device, sizes):
             _warn(self.kind, problem)
 
     def _mark(self, x: Tensor, own: int, rows: int) -> Any:
@@ -164,8 +165,8 @@ class Trial:
 
     def _tries(self, args: Any, kwargs: Any, rows: int) -> Iterator[_Try]:
         """Small ones first; the model may insist on its full size, or on its own dtype."""
-        block, ranks = self._manager.granularity, self._manager.domain_parallel_size
-        base = ranks * block * math.ceil(_ROWS_PER_RANK / block)
+        block = self._block()
+        base = self._manager.domain_parallel_size * block
         heights = [height for height in (base + rows % block, base) if height < rows]
         columns = max((leaf.shape[self._other] for leaf in _leaves((args, kwargs))), default=0)
         sizes = [(h, c) for h, c in product(heights, (_COLUMNS, None)) if c is None or c < columns]
@@ -195,8 +196,13 @@ class Trial:
 
     # The trial
 
-    def _attempt(self, args: Any, kwargs: Any, rows: int, device: torch.device) -> str:
-        """Try the first way in which the whole runs; returns why none does, or an empty text."""
+    def _attempt(
+        self, args: Any, kwargs: Any, rows: int, device: torch.device, sizes: Sequence[int] | None = None
+    ) -> str:
+        """Try the first way in which the whole runs; returns why none does, or an empty text.
+
+        At full size the rows lie as in the call, by ``sizes``, if that fits the granularity; else as declared.
+        """
         if rows < self._manager.domain_parallel_size:
             return "no input has rows of all ranks"
         if dist.get_backend(self._manager.domain_group) == "nccl":
@@ -218,9 +224,7 @@ class Trial:
                     problem = f"it could not be run whole on {how.rows} rows ({failures[0]})"
                     continue
                 try:
-                    partition = RowPartition.even(
-                        how.rows, self._manager.domain_parallel_size, self._manager.granularity
-                    )
+                    partition = self._partition(how.rows, rows, sizes)
                 except ValueError as error:
                     problem = _line(error)
                     continue
@@ -236,6 +240,18 @@ class Trial:
                 )
                 return ""
         return problem
+
+    def _block(self) -> int:
+        """Rows in a block of small trials: a multiple of usual strides, since the model's own may not be known."""
+        return self._manager.granularity * math.ceil(_ROWS_PER_RANK / self._manager.granularity)
+
+    def _partition(self, rows: int, all_rows: int, sizes: Sequence[int] | None) -> RowPartition:
+        ranks, granularity = self._manager.domain_parallel_size, self._manager.granularity
+        if rows < all_rows:
+            return RowPartition.even(rows, ranks, self._block())
+        if sizes is not None and all(sizes) and not any(sum(sizes[:rank]) % granularity for rank in range(ranks)):
+            return RowPartition(tuple(sizes))
+        return RowPartition.even(rows, ranks, granularity)
 
     def _told(self, value: Any) -> list[Any]:
         """What each rank says, on all of them."""
