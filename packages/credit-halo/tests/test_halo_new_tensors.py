@@ -32,6 +32,7 @@ def table(own: RowPartition, rank: int):
 NO_TENSOR = {
     *("EdgeRule", "ExchangeError", "ExchangePlan", "Message", "Need", "PendingRows", "Placement", "Span"),
     *("__version__", "constant", "pole_crossing", "plan_halo", "plan_repartition", "plan_rows"),
+    *("answer_roll_calls", "as_timeout", "naming_missing_ranks", "set_timeouts"),
 }
 NAMES = sorted(table(RowPartition((3, 3)), 0))
 
