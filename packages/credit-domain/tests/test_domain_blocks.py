@@ -266,7 +266,7 @@ def test_the_ring_keeps_only_what_this_rank_has():
             saved = []
             with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x), lambda x: x):
                 blocks.attention(tokens, tokens, tokens, ring=ring)
-            kept.append(max(x.shape[-2] for x in saved))
+            kept.append(max(x.shape[-2] for x in saved if x.numel()))
         assert kept == [8, 32]
 
     run_threads(rank_main, 4)

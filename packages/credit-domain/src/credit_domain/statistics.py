@@ -265,15 +265,16 @@ def combine_now(local: Tensor, count: int, group: str, label: str, kind: str, re
     # Which layer this is travels with its numbers. Whoever looks at it waits for the device, and so it is not done on a
     # GPU.
     mark = zlib.crc32(said.encode())
-    own = torch.cat([local.new_tensor([mark, count]), local.flatten()])
+    own = torch.cat([local.new_full([1], mark), local.new_full([1], count), local.flatten()])
     every = own.new_empty([dist.get_world_size(pg), own.numel()])
     try:
         dist.all_gather(list(every.unbind()), own, group=pg)
     except RuntimeError as error:
         message = f"{label} failed on rank {dist.get_rank(pg)} of {len(every)} while statistics were gathered: {error}"
         raise break_group(pg, message) from error
-    if local.device.type == "cpu" and (every[:, 0] != mark).any():
-        raise ValueError(_mixed(pg, label, said, every[:, 0].tolist()))
+    marks = every[:, 0].tolist() if local.device.type == "cpu" else []
+    if any(theirs != mark for theirs in marks):
+        raise ValueError(_mixed(pg, label, said, marks))
     counts, means, variances = every[:, 1:2], *every[:, 2:].chunk(2, 1)
     total = counts.sum()
     # Nobody looks, and waits for the device, who has several values; where there is one in all, nobody has.
