@@ -188,7 +188,8 @@ def test_an_index_with_a_checksum_that_is_right(saved, scratch, data):
     _, error = loads_or_says_why(step, (CheckpointError, ValueError))
     if isinstance(error, ValueError):
         assert re.search("is of another (model|optimizer)|was saved without", str(error))
-    if isinstance(error, CheckpointError) and "or of another" not in str(error):
+    # The state of a generator lies in the bytes of a tensor, which `latest` does not read.
+    if isinstance(error, CheckpointError) and not re.search("or of another|random generator", str(error)):
         assert latest(step.parent).name == "step-00000001"
         with pytest.raises(CheckpointError):
             export_plain(step, scratch / "plain.pt")
