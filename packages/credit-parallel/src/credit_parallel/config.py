@@ -86,6 +86,8 @@ class TrainerConfig:
         amp: Compute in bfloat16.
         activation_checkpoint: Recompute blocks in the backward in place of keeping their activations.
         fsdp2_blocks: Further classes and modules that are blocks.
+        trial: Whether a model with code of its own is tried, whole and sharded, before it trains. False lets code that
+            mixes rows train on wrong numbers; see :func:`credit_domain.convert.convert_to_domain_parallel`.
         find_unused_parameters: Taken, and not needed: parameters without a gradient are handled either way.
         compile: Compile the model with ``torch.compile``.
         device: ``cuda``, ``cpu``, or ``auto``.
@@ -119,6 +121,7 @@ class TrainerConfig:
     activation_checkpoint: bool = False
     fsdp2_blocks: tuple[str, ...] = ()
     find_unused_parameters: bool = False
+    trial: bool = True
     compile: bool = False
     device: str = "auto"
     dtype: str = "float32"
@@ -316,6 +319,7 @@ def _trainer(block: _Block) -> TrainerConfig:
         activation_checkpoint=block.flag("activation_checkpoint"),
         fsdp2_blocks=block.list_of("fsdp2_blocks", str),
         find_unused_parameters=block.flag("find_unused_parameters"),
+        trial=block.flag("trial", default.trial),
         compile=block.flag("compile"),
         device=block.choice("device", "auto", ("auto", "cpu", "cuda")) or "auto",
         dtype=block.choice("dtype", "float32", ("float32", "float64")) or "float32",
@@ -401,8 +405,8 @@ class _Block:
             raise self.problem(key, value, bound)
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.take(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.take(key, default)
         if not isinstance(value, bool):
             raise self.problem(key, value, "true or false")
         return value

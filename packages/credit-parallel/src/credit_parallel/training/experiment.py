@@ -243,7 +243,7 @@ def prepare(checked: Checked, device: torch.device) -> Experiment:
         }
     }
     shape = (1, checked.in_channels, grid.height, grid.width)
-    context = parallelize(cast_module(checked.model, dtype, device), conf, input_shape=shape)
+    context = parallelize(cast_module(checked.model, dtype, device), conf, input_shape=shape, check=trainer.trial)
     if trainer.compile:
         compile_blocks(context.model, conf)
     rows = range(grid.height)

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 # They say how, where and how often, and change no number of the training.
 _FREE = (
     *("folder", "data.workers", "trainer.parallelism", "trainer.accumulate", "trainer.activation_checkpoint"),
-    *("trainer.fsdp2_blocks", "trainer.find_unused_parameters", "trainer.compile", "trainer.device"),
+    *("trainer.fsdp2_blocks", "trainer.find_unused_parameters", "trainer.trial", "trainer.compile", "trainer.device"),
     *("trainer.valid_every", "trainer.checkpoint_every", "trainer.keep", "trainer.log_every", "trainer.tensorboard"),
 )
 # The place in the order of samples is counted in them.

@@ -1,0 +1,36 @@
+"""A model whose own code mixes rows is refused by `train` before the first step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from credit_halo.testing import RankError, run_processes
+from credit_parallel.config import RunConfig
+from credit_parallel.training import check
+from credit_parallel.training.experiment import prepare
+
+
+class PoolByHand(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y - y.mean((-2, -1), keepdim=True)
+
+
+def prepared(rank: int, trial: bool) -> str:
+    trainer = {"steps": 1, "trial": trial, "parallelism": {"data": "none", "domain": 2}}
+    options = {"height": 12, "width": 16}
+    config = {"data": {"options": options}, "model": {"name": f"{__name__}:PoolByHand"}, "trainer": trainer}
+    experiment = prepare(check(RunConfig.from_dict(config), 2), torch.device("cpu"))
+    return type(experiment.context.model).__name__
+
+
+def test_it_is_refused_before_the_first_step_unless_that_is_switched_off() -> None:
+    with pytest.raises(RankError, match=r"the model itself \(PoolByHand\)"):
+        run_processes(prepared, 2, True)
+    assert run_processes(prepared, 2, False) == ["PoolByHand"] * 2
