@@ -175,7 +175,9 @@ def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: Conversion
     """The trial of a model with code of its own; None where there is nothing to try, or are no ranks to try it on."""
     from credit_domain.verification.trial import Trial  # which converts models itself
 
-    if not report.of("own code") or not isinstance(manager, DomainParallelManager):
+    patched = any("forward" in vars(part) for part in model.modules())
+    reshaped = any(line.reason == "reshapes" for line in report.modules)  # rows may be anywhere then
+    if not (report.of("own code") or patched or reshaped) or not isinstance(manager, DomainParallelManager):
         return None
     return Trial.of(model, manager, shard_dim, {line.name: line.reason for line in report.modules})
 

@@ -79,7 +79,7 @@ class Events:
         calls = f" ({', '.join(event.calls)})" if event.calls else ""
         if kind == "enter":  # what the caller computed before it called
             after = f" after {before}" if before and before != event.caller else ""
-            what = f"what it computes{after} and passes to {name} differs{held}"
+            what = f"what it computes{after} and passes to {name or 'the model itself'} differs{held}"
             return Difference(
                 "forward",
                 event.caller,
@@ -105,7 +105,7 @@ class Events:
                 what = (
                     "its result is right, and the gradient of its input differs"
                     if kind == "enter"
-                    else f"the gradient that its forward passes back to {name} differs"
+                    else f"the gradient that its forward passes back to {name or 'the model itself'} differs"
                     + (f", though that of {after} does not" if after and after != where else "")
                 )
                 seams = seams_near(bad.rows, bad.sizes) if bad.sizes else ()

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from credit_domain.layers.base import DomainParallelLayer
 from credit_domain.verification.record import without_dropout
 
+Switches = dict[str, dict[str, bool | int | float | str]]
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+FIRST_CALL = "_tries_at_first_call"
+"""The attribute by which the hook of a pending trial is known."""
+
 
 @dataclass(frozen=True)
 class Ghost:
@@ -51,7 +56,12 @@ class Ghost:
                 ghost = torch.empty_like(parameter, device="meta")
                 memo[id(parameter)] = nn.Parameter(ghost, requires_grad=parameter.requires_grad)
         order = tuple(names.get(id(p)) for part in model.modules() for p in part._parameters.values() if p is not None)
-        return cls(copy.deepcopy(model, memo), names, order)
+        ghost_model = copy.deepcopy(model, memo)
+        for part in ghost_model.modules():  # a part that was converted before may still wait for its own trial
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if hasattr(hook, FIRST_CALL):
+                    del part._forward_pre_hooks[key]
+        return cls(ghost_model, names, order)
 
     @property
     def size(self) -> int:
@@ -94,21 +104,40 @@ class Ghost:
         without_dropout(model)
         return model
 
-    def follow(self, model: nn.Module) -> None:
-        """Take over the mode and the switches (flags, numbers, texts) that the modules of the real model have now."""
-        mine = dict(self.model.named_modules())
-        for name, theirs in model.named_modules():
-            part = mine.get(name.replace("_checkpoint_wrapped_module.", ""))
-            if part is None:
-                continue
-            part.training = theirs.training
-            switches = vars(_inner(theirs)).items()
-            _inner(part).__dict__.update({k: v for k, v in switches if isinstance(v, (bool, int, float, str))})
+    def follow(self, model: nn.Module, before: Switches) -> None:
+        """Take over what has changed in the real model since: its mode, switches (flags, numbers, texts) and buffers.
+
+        Args:
+            model: The converted model as it is now.
+            before: Its switches when it had just been converted.
+        """
+        mine, now = dict(self.model.named_modules()), switches_of(model)
+        buffers = {name.replace(_CHECKPOINTED, ""): buffer for name, buffer in model.named_buffers()}
+        for name, part in mine.items():
+            if name in now:
+                was = before.get(name, {})
+                changed = {key: value for key, value in now[name].items() if key not in was or was[key] != value}
+                part.training = bool(now[name]["training"])
+                _inner(part).__dict__.update(changed)
+        for name, buffer in self.model.named_buffers():
+            theirs = buffers.get(name)
+            if theirs is not None and theirs.shape == buffer.shape and not theirs.is_meta:
+                buffer.data = theirs.detach().clone().to(buffer.dtype)
 
     def restore(self, model: nn.Module) -> None:
         """Give a model that was made of this ghost its first buffers again."""
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            theirs.data.copy_(mine)
+            theirs.data = mine.detach().to(theirs.device, theirs.dtype, copy=True)
+
+
+def switches_of(model: nn.Module) -> Switches:
+    """Flags, numbers and texts that the modules of a model hold, by the names of the modules."""
+    return {
+        name.replace(_CHECKPOINTED, ""): {
+            key: value for key, value in vars(_inner(part)).items() if isinstance(value, (bool, int, float, str))
+        }
+        for name, part in model.named_modules()
+    }
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -7,12 +7,17 @@ must agree. The copy has random weights, so that what a fresh model multiplies b
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import logging
 import math
 import operator
+import random
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -25,9 +30,9 @@ from torch.distributed import ProcessGroup
 
 from credit_domain.domain import constant
 from credit_domain.trace import is_shape
-from credit_domain.verification.compare import compare_whole, sharded_dim
+from credit_domain.verification.compare import sharded_dim
 from credit_domain.verification.events import Events, Run, unlike_shapes
-from credit_domain.verification.ghost import Ghost
+from credit_domain.verification.ghost import FIRST_CALL, Ghost, Switches, switches_of
 from credit_domain.verification.record import Recorder, tensors_in
 from credit_halo import ExchangeError
 from credit_mesh import DomainParallelManager, RowPartition
@@ -80,6 +85,7 @@ class Trial:
     ) -> None:
         self._plain, self._manager, self._shard_dim, self._reasons = plain, manager, shard_dim, reasons
         self._sharded: Ghost | None = None
+        self._switches: Switches = {}
         self._other = -1 if shard_dim != -1 else -2
         self.kind = type(plain.model).__name__
 
@@ -110,9 +116,14 @@ class Trial:
             Those of the converted model, and small gathers.
         """
         self._sharded = Ghost.of(converted, like=self._plain)
+        self._switches = switches_of(converted)
         if inputs is None:
             _FirstCall(self, converted)
-        elif problem := self._attempt(*self._given(inputs), torch.device("cpu")):
+            return
+        device = torch.device("cpu")
+        with device:
+            given = self._given(inputs)
+        if problem := self._attempt(converted, given, device):
             _warn(self.kind, problem)
 
     # Inputs
@@ -146,15 +157,42 @@ class Trial:
         """
         assert self._sharded is not None
         for ghost in (self._plain, self._sharded):
-            ghost.follow(model)
+            ghost.follow(model, self._switches)
         tensors = [value for _, value in tensors_in({"args": args, "kwargs": kwargs})]
-        own = next((t.shape[self._shard_dim] for t in tensors if t.ndim >= 3 and not _is_whole(t)), 0)
-        sizes = self._told(own)
-        rows = sum(sizes)
         device = next((x.device for x in tensors if not x.is_meta), torch.device("cpu"))
-        marked = _map((args, kwargs), lambda value: self._mark(value, own, rows))
-        if problem := self._attempt(marked[0], marked[1], rows, device, sizes):
+        sizes, rows_of = self._agreed_rows(tensors)
+        if rows_of is None:
+            _warn(self.kind, "its inputs have rows of several heights")
+            return
+        marks = iter(rows_of)
+
+        def mark(x: Tensor) -> Any:
+            return self._mark(x, x.shape[self._shard_dim] if next(marks) else -1, sum(sizes))
+
+        marked = _map((args, kwargs), mark)
+        if problem := self._attempt(model, (*marked, sum(sizes)), device, sizes):
             _warn(self.kind, problem)
+
+    def _agreed_rows(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[bool] | None]:
+        """Rows of each rank, and which tensors have them; None where some have rows of another height.
+
+        Ranks hold a tensor whole if it is the same on all of them. Rows of different ranks are different, or at least
+        those of the tensors with the most dims.
+        """
+        dim, declared = self._shard_dim, self._manager.partition
+        told = self._told([(tuple(x.shape), _digest(x)) for x in tensors])
+        deep = [x.ndim >= 3 for x in tensors]
+        most = max((x.ndim for x in tensors if x.ndim >= 3 and not _is_whole(x)), default=0)
+        sizes = [[shapes[i][0][dim] if deep[i] else 0 for shapes in told] for i in range(len(tensors))]
+        apart = [len({shapes[i][1] for shapes in told}) > 1 for i in range(len(tensors))]
+        main = [i for i, x in enumerate(tensors) if x.ndim == most > 0 and not _is_whole(x)]
+        main.sort(key=lambda i: (declared is None or sizes[i] != list(declared.sizes), not apart[i]))
+        if not main:
+            return [0], [False] * len(tensors)
+        own = sizes[main[0]]
+        rows_of = [deep[i] and sizes[i] == own and (apart[i] or x.ndim == most) for i, x in enumerate(tensors)]
+        other = any(deep[i] and apart[i] and not rows_of[i] and not _is_whole(x) for i, x in enumerate(tensors))
+        return own, None if other else rows_of
 
     def _mark(self, x: Tensor, own: int, rows: int) -> Any:
         if x.ndim < 3 or x.shape[self._shard_dim] != own:
@@ -197,12 +235,17 @@ class Trial:
     # The trial
 
     def _attempt(
-        self, args: Any, kwargs: Any, rows: int, device: torch.device, sizes: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        marked: tuple[Any, Any, int],
+        device: torch.device,
+        sizes: Sequence[int] | None = None,
     ) -> str:
         """Try the first way in which the whole runs; returns why none does, or an empty text.
 
         At full size the rows lie as in the call, by ``sizes``, if that fits the granularity; else as declared.
         """
+        args, kwargs, rows = marked
         if rows < self._manager.domain_parallel_size:
             return "no input has rows of all ranks"
         if dist.get_backend(self._manager.domain_group) == "nccl":
@@ -213,12 +256,16 @@ class Trial:
         autocast = torch.autocast(device.type, enabled=False)
         # A checkpoint around the first call must not count what is saved for the backward of the trial.
         hidden = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), autocast, hidden:
+        with ExitStack() as stack:
+            for context in (torch.random.fork_rng(devices), _as_before(model), torch.device(device), autocast, hidden):
+                stack.enter_context(context)
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             for how in self._tries(args, kwargs, rows):
                 given = self._fill((args, kwargs), how, device)
                 whole = _Numbers(given, lambda how=how: models.plain(how.dtype))  # type: ignore[misc]
                 with set_aside():
-                    failed = whole.run()
+                    failed = whole.run() or whole.is_random()
                 failures = [failure for failure in self._told(failed) if failure]
                 if failures:
                     problem = f"it could not be run whole on {how.rows} rows ({failures[0]})"
@@ -264,7 +311,8 @@ class Trial:
         self, whole: _Numbers, given: Any, partition: RowPartition, dtype: torch.dtype, models: _Models
     ) -> None:
         """Run the sharded model, and compare."""
-        rank, tolerance = self._manager.domain_rank, _TOLERANCES[dtype]
+        rank = self._manager.domain_rank
+        tolerance = _TOLERANCES[torch.float32 if whole.computes_narrow() else dtype]
         rows = partition.interval(rank)
 
         def own(x: Tensor) -> Tensor:
@@ -275,7 +323,15 @@ class Trial:
         sharded = _Numbers(_map(given, own), lambda: models.sharded(dtype))
         if failed := sharded.run():
             where = sharded.named(sharded.failed_in)
-            raise ValueError(self._refusal(f"{where} fails on rank {rank} of {partition}: {failed}", sharded.failed_in))
+            failed = self._refusal(f"{where} fails on rank {rank} of {partition}: {failed}", sharded.failed_in)
+        try:
+            failures = [failure for failure in self._told(failed) if failure]
+        except RuntimeError:
+            if not failed:
+                raise
+            failures = [failed]  # the other ranks wait for rows of this one, and do not answer
+        if failures:
+            raise ValueError(failures[0])
         shapes = self._told({path: tuple(out.shape) for path, out in sharded.outputs.items()})
         wrong = set()
         factors, own_factors = whole.factors(), {}
@@ -293,8 +349,7 @@ class Trial:
                 start = sum(part[dim] for part in parts[:rank])
                 expected = out.narrow(dim, start, parts[rank][dim])
                 own_factors[path] = factor.narrow(dim, start, parts[rank][dim])
-            scale = float(out.detach().abs().max()) if out.numel() else 1.0
-            if expected.numel() and not _near(expected, sharded.outputs[path], tolerance, scale):
+            if not _near(expected, sharded.outputs[path], tolerance, _scales(out, dim)):
                 wrong.add("output")
         if not any(self._told(bool(wrong))):
             whole.backward(factors)
@@ -312,7 +367,7 @@ class Trial:
             grad, found = whole.gradient(x), sharded.gradient(sharded.inputs[path])
             if own(x) is x:
                 shares[path] = _projection(found)
-            elif not _near(own(grad), found, tolerance, float(grad.abs().max())):
+            elif not _near(own(grad), found, tolerance, _scales(grad, self._shard_dim)):
                 wrong.add("input gradient")
         expected = {**{path: _projection(whole.gradient(whole.inputs[path])) for path in shares}, **whole.parameters}
         totals: dict[str, complex] = dict.fromkeys(expected, 0.0)
@@ -357,6 +412,7 @@ class _FirstCall:
     """
 
     def __init__(self, trial: Trial, model: nn.Module) -> None:
+        setattr(self, FIRST_CALL, True)
         self._trial, self._model, self._number = trial, ref(model), next(_numbers)
         _hooks[self._number] = self
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
@@ -437,7 +493,7 @@ class _Numbers:
     """One run of a model, and what came of it."""
 
     def __init__(self, given: Any, made: Callable[[], nn.Module]) -> None:
-        self._made = made
+        self.made = made
         self._given = _map(given, _leaf)
         self.inputs = {path: x for path, x in tensors_in(self._given) if x.requires_grad}
         self.outputs: dict[str, Tensor] = {}
@@ -449,11 +505,11 @@ class _Numbers:
     def run(self) -> str:
         """Run forward; returns what went wrong, or an empty text."""
         try:
-            self._model = self._made()
+            self._model = self.made()
             self._recorder = Recorder(self._model)
             args, kwargs = self._given
             with self._recorder.recording():
-                out = self._model(*args, **kwargs)
+                out = self._model(*_map(args, _clone), **_map(kwargs, _clone))
         except ExchangeError:
             raise
         except Exception as error:
@@ -467,6 +523,20 @@ class _Numbers:
         if not all(bool(x.isfinite().all()) for x in self.outputs.values()):
             return "its result is not finite"
         return ""
+
+    def is_random(self) -> str:
+        """Why the numbers of a second run are others, if they are: they cannot be compared then."""
+        again = _Numbers(self._given, self.made)
+        failed = again.run()
+        same = again.outputs.keys() == self.outputs.keys() and all(
+            again.outputs[path].shape == out.shape and _near(out, again.outputs[path], 1e-3, _scales(out, None))
+            for path, out in self.outputs.items()
+        )
+        return failed or ("" if same else "it draws random numbers, and gives others each time")
+
+    def computes_narrow(self) -> bool:
+        """Whether the model computes something in less than double precision by itself."""
+        return self._recorder is not None and bool(self._recorder.narrow)
 
     def factors(self) -> dict[str, Tensor]:
         """Random weights of the outputs, for the loss."""
@@ -512,14 +582,51 @@ class _Numbers:
         return recorder, {path: out.detach().cpu() for path, out in self.outputs.items()}
 
 
+def _clone(x: Any) -> Any:
+    return x.clone()  # a model may change its inputs in place, which leaves of the graph do not allow
+
+
 def _leaf(x: Any) -> Any:
     return x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex())
 
 
-def _near(expected: Tensor, found: Tensor, tolerance: float, scale: float) -> bool:
+def _near(expected: Tensor, found: Tensor, tolerance: float, scales: Tensor) -> bool:
     if expected.shape != found.shape:
         return False
-    return not expected.numel() or compare_whole(expected.detach(), found.detach(), scale) <= tolerance
+    return bool(((expected - found).detach().abs() <= tolerance * scales).all())
+
+
+def _scales(whole: Tensor, sharded: int | None) -> Tensor:
+    """What errors are relative to: the largest value of each channel, since channels may be in other units."""
+    size = whole.detach().abs()
+    if not size.numel():
+        return size.new_ones(())
+    largest = size.max()
+    if whole.ndim < 3 or sharded == 1 - whole.ndim:
+        return largest
+    return size.amax([dim for dim in range(whole.ndim) if dim != 1], keepdim=True).clamp(min=1e-6 * float(largest))
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the gradients of a model and the generators of Python and NumPy are as before.
+
+    A copy of a model still has its weights where a function that it holds has them.
+    """
+    parameters, state = list(model.parameters()), random.getstate()
+    grads = [parameter.grad for parameter in parameters]
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
 
 
 def _projection(grad: Tensor) -> tuple[complex, float]:
@@ -535,6 +642,14 @@ def _dtype_for(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     return wanted if dtype.is_floating_point else dtype
 
 
+def _digest(x: Tensor) -> str:
+    """Some thousand of the values as text; of a tensor without values, nothing."""
+    if x.is_meta:
+        return ""
+    values = x.detach().reshape(-1)
+    return str(values[:: max(1, len(values) // 4096)].tolist())
+
+
 def _is_whole(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
@@ -543,8 +658,15 @@ def _map(value: Any, change: Any) -> Any:
     """The same containers, with tensors and marks changed."""
     if isinstance(value, (Tensor, _Rows)):
         return change(value)
+    if isinstance(value, MutableMapping):
+        same = copy.copy(value)  # of the same class
+        same.update({name: _map(item, change) for name, item in value.items()})
+        return same
     if isinstance(value, Mapping):
         return {name: _map(item, change) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [item.name for item in dataclasses.fields(value) if item.init]
+        return dataclasses.replace(value, **{name: _map(getattr(value, name), change) for name in names})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(item, change) for item in value))
     if isinstance(value, (tuple, list)):
