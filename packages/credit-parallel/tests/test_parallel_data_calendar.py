@@ -229,7 +229,7 @@ def test_the_sun_after_a_single_time_is_refused(tmp_path):
     source = opened(tmp_path, dataset(xr.date_range("2019-11-30", periods=1, freq="ME")))
     assert seconds_ahead(source, 0, 1) is None
     conf = {
-        "data": {"source": str(tmp_path / "a.nc"), "forcings": ["solar"]},
+        "data": {"source": str(tmp_path / "a.nc"), "forcings": ["solar"], "train": [0, 1], "valid": None},
         "model": {"name": "unet"},
         "trainer": {"steps": 1},
     }
@@ -253,7 +253,7 @@ def test_rounded_latitudes_are_latitudes(rows, north_first, single):
     assert torch.equal(found[1:-1], torch.from_numpy(given_[1:-1]).double())
     for weights in (cos_latitude_weights, latitude_weights):
         got, wanted = weights(torch.from_numpy(given_)), weights(torch.from_numpy(exact))
-        torch.testing.assert_close(got, wanted, atol=3e-6, rtol=0)
+        torch.testing.assert_close(got, wanted, atol=1e-7 * (rows + 1), rtol=0)  # thin rows feel it more
         assert (got >= 0).all()
 
 

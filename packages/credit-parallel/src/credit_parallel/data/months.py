@@ -22,7 +22,8 @@ class MonthStep:
     Attributes:
         months: From one time to the next: 1, 3 for seasons, 12 for years.
         place: Where in its month a time is: ``start`` or ``end`` (so long after the start or the end of the month),
-            ``middle`` (of a span of so many months: months, quarters, calendar years), ``day`` (a day of the month, or the last one of a shorter month).
+            ``middle`` (of the span of so many months around it), ``day`` (a day of the
+            month, or the last one of a shorter month).
         offset: Seconds from there.
     """
 
