@@ -216,7 +216,9 @@ def _match(first: _File, other: _File) -> None:
         ("longitudes", first.grid.longitudes, other.grid.longitudes),
     ):
         if x.shape != y.shape:
-            raise ValueError(f"{other.path} has {len(y)} {what}, and {first.path} {len(x)}: they must be on one grid")
+            raise ValueError(
+                f"{other.path} has other {what} than {first.path}, {len(y)} and not {len(x)}: they must be on one grid"
+            )
         # 359.99998 and -0.00002 are one place.
         apart = (torch.remainder(y - x + 180, 360) - 180).abs()
         if not bool((apart <= ROUNDING).all()):
