@@ -16,6 +16,7 @@ from credit_domain.domain import Domain, domain_of, sizes_of
 from credit_halo import all_mean, all_sum
 from credit_halo.agreement import agree
 from credit_mesh import DomainParallelManager, RowPartition
+from credit_parallel.latitudes import check_order, checked_latitudes
 
 
 def domain_mean(
@@ -178,10 +179,7 @@ def cos_latitude_weights(latitudes_deg: Tensor) -> Tensor:
     Raises:
         ValueError: If a latitude is not within -90 to 90.
     """
-    latitudes = torch.as_tensor(latitudes_deg).to(torch.float64)
-    if not bool((latitudes.abs() <= 90).all()):
-        raise ValueError(f"latitudes must be within -90 to 90 degrees; got {latitudes_deg}")
-    return torch.cos(torch.deg2rad(latitudes))
+    return torch.cos(torch.deg2rad(checked_latitudes(latitudes_deg)))
 
 
 def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: bool | None = None) -> Tensor:
@@ -214,11 +212,11 @@ def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: boo
             f"pole_is_row={pole_is_row} with {'latitudes' if isinstance(rows, Tensor) else rows}"
         )
     latitudes = rows if isinstance(rows, Tensor) else _regular_latitudes(rows, bool(pole_is_row))
+    latitudes = checked_latitudes(latitudes)
     weights = cos_latitude_weights(latitudes)
-    radians = torch.deg2rad(latitudes.to(torch.float64))
+    radians = torch.deg2rad(latitudes)
     steps = radians.diff()
-    if radians.ndim != 1 or not len(radians) or not bool((steps > 0).all() | (steps < 0).all()):
-        raise ValueError(f"latitudes must be 1-D and in order, north to south or south to north; got {latitudes}")
+    check_order(latitudes)
     if kind == "cell":
         pole = math.pi / 2 if len(steps) == 0 or bool(steps[0] < 0) else -math.pi / 2
         ends = radians.new_tensor([pole, -pole])

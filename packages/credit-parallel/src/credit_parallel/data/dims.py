@@ -12,6 +12,7 @@ import torch
 from credit_parallel.data.checks import closest, some
 from credit_parallel.data.source import Channel, Grid
 from credit_parallel.data.times import TimeAxis
+from credit_parallel.latitudes import check_order, checked_latitudes
 
 Dataset: TypeAlias = Any
 Variable: TypeAlias = Any
@@ -110,15 +111,16 @@ def grid_of(ds: Dataset, name: str, field: Field) -> Grid:
         torch.from_numpy(np.array(_values_along(ds, dim, is_coordinate), dtype=np.float64))
         for dim, is_coordinate in ((field.latitude, _is_latitude), (field.longitude, _is_longitude))
     )
-    steps = latitudes.diff()
-    if not bool((latitudes.abs() <= 90 + 1e-6).all()) or not bool((steps > 0).all() | (steps < 0).all()):
+    try:
+        latitudes = checked_latitudes(latitudes)
+        check_order(latitudes)
+    except ValueError as error:
         raise ValueError(
-            f"{name}: {field.latitude} must be degrees within -90 to 90, northward or southward; it goes from "
-            f"{float(latitudes[0]):g} to {float(latitudes[-1]):g}, not in order or not within"
-        )
+            f"{name}: {field.latitude} must be degrees within -90 to 90, northward or southward: {error}"
+        ) from None
     if not bool(torch.isfinite(longitudes).all()):
         raise ValueError(f"{name}: {field.longitude} has values that are no numbers")
-    return Grid(latitudes.clamp(-90, 90), longitudes)
+    return Grid(latitudes, longitudes)
 
 
 def time_axis_of(ds: Dataset, name: str, field: Field) -> TimeAxis:

@@ -18,8 +18,10 @@ from credit_parallel.data.backend import ENGINES, kind_of, open_file
 from credit_parallel.data.checks import checked_rows, checked_times, one_line, some
 from credit_parallel.data.chunks import Stored, runs, stored_as, values_touched
 from credit_parallel.data.dims import Dataset, Field, fields_of, grid_of, time_axis_of
+from credit_parallel.data.months import MonthStep
 from credit_parallel.data.source import Channel, Cost, Grid, Source
 from credit_parallel.data.times import TimeAxis
+from credit_parallel.latitudes import ROUNDING
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class FileSource:
         self.seconds: Sequence[float] | None = axis.seconds
         self.segments: Sequence[range] = axis.segments
         self.step: float | None = axis.step
+        self.calendar: MonthStep | None = axis.calendar
         if not axis.labels:
             raise ValueError(f"{self.name} has no times")
         self._starts = np.cumsum([0, *(len(file.axis.labels) for file in files)]).tolist()
@@ -212,8 +215,18 @@ def _match(first: _File, other: _File) -> None:
         ("latitudes", first.grid.latitudes, other.grid.latitudes),
         ("longitudes", first.grid.longitudes, other.grid.longitudes),
     ):
-        if x.shape != y.shape or not torch.allclose(x, y, rtol=0, atol=1e-4):
-            raise ValueError(f"{other.path} has other {what} than {first.path}: they must be on one grid")
+        if x.shape != y.shape:
+            raise ValueError(
+                f"{other.path} has other {what} than {first.path}, {len(y)} and not {len(x)}: they must be on one grid"
+            )
+        # 359.99998 and -0.00002 are one place.
+        apart = (torch.remainder(y - x + 180, 360) - 180).abs()
+        if not bool((apart <= ROUNDING).all()):
+            at = int(apart.argmax())
+            raise ValueError(
+                f"{other.path} has other {what} than {first.path}, by up to {float(apart[at]):.6g} degrees "
+                f"({float(y[at]):.10g} and {float(x[at]):.10g} at index {at}): they must be on one grid"
+            )
 
 
 def _joined(files: Sequence[_File], name: str) -> TimeAxis:

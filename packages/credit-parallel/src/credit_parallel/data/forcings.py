@@ -57,18 +57,18 @@ class Forcings:
         """Number of channels."""
         return len(self.labels)
 
-    def at(self, seconds: float | None, ahead: float) -> Tensor:
+    def at(self, seconds: float | None, ahead: float | None) -> Tensor:
         """The fields for one step of a model.
 
         Args:
             seconds: Since 1970-01-01, UTC, of the input; None where the data's times are no moments.
-            ahead: Seconds from there to the target.
+            ahead: Seconds from there to the target; None where nothing says, as of a single time.
 
         Returns:
             float32 of shape (F, rows, W).
 
         Raises:
-            ValueError: For ``solar`` without a time.
+            ValueError: For ``solar`` without a time, or without that of the target.
         """
         fields: list[Tensor] = []
         for name in self.names:
@@ -78,6 +78,11 @@ class Forcings:
                 fields += [self._cos * cos, self._cos * sin, self._sin * around]
             elif seconds is None:
                 raise ValueError("the forcing 'solar' needs times that are moments, and those of the data are labels")
+            elif ahead is None:
+                raise ValueError(
+                    "the forcing 'solar' needs the time of the target, and the data have one time, which does not say "
+                    "how long a lead is: give data with two times or more"
+                )
             else:
                 fields += [self._cos_zenith(seconds), self._cos_zenith(seconds + ahead)]
         if not fields:

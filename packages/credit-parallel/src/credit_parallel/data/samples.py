@@ -12,7 +12,7 @@ from credit_parallel.data.checks import checked_rows, checked_times
 from credit_parallel.data.forcings import Forcings
 from credit_parallel.data.source import Cost, Source
 from credit_parallel.data.statistics import Statistics
-from credit_parallel.data.times import lead_in_steps, times_between
+from credit_parallel.data.times import lead_in_steps, seconds_ahead, times_between
 
 __all__ = ["Samples", "lead_in_steps", "sample_starts", "times_between"]
 
@@ -92,7 +92,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         self._starts = sample_starts(source, times=times, lead_steps=lead_steps, history=history, steps=steps)
         self._fields = range(-(history - 1) * lead_steps, steps * lead_steps + 1, lead_steps)
         self._inputs = range(0, steps * lead_steps, lead_steps)
-        self._ahead = (source.step or 0.0) * lead_steps
+        self._lead_steps = lead_steps
         self._forcings = Forcings(forcings, source.grid, rows)
         if source.seconds is None:
             self._forcings.at(None, 0.0)  # refuses what needs a time
@@ -103,7 +103,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         start = self.start(index)
         fields = self.source.read([start + offset for offset in self._fields], self.rows).to(self.dtype)
-        known = torch.stack([self._forcings.at(self._seconds(start + offset), self._ahead) for offset in self._inputs])
+        known = torch.stack([self._known(start + offset) for offset in self._inputs])
         return self.statistics.normalise(fields), known.to(self.dtype)
 
     def start(self, index: int) -> int:
@@ -124,5 +124,6 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
             total += self.source.cost([start + offset for offset in self._fields], self.rows)
         return total
 
-    def _seconds(self, time: int) -> float | None:
-        return None if self.source.seconds is None else self.source.seconds[time]
+    def _known(self, time: int) -> Tensor:
+        seconds = None if self.source.seconds is None else self.source.seconds[time]
+        return self._forcings.at(seconds, seconds_ahead(self.source, time, self._lead_steps))

@@ -90,7 +90,10 @@ class Source(Protocol):
         labels: A name for each time, such as ``2019-03-01T06:00``.
         seconds: Seconds since 1970-01-01 of each time; None where times are none (months of a climatology).
         segments: Ranges of times that follow one another in equal steps; samples do not cross from one to the next.
-        step: Seconds between times; None where ``seconds`` is.
+        step: Seconds between times; None where ``seconds`` is, for a single time, and for times on the calendar.
+
+    Times that follow one another on the calendar, such as months, have an attribute ``calendar`` besides, a
+    :class:`credit_parallel.data.months.MonthStep`; a source without one has none.
     """
 
     name: str

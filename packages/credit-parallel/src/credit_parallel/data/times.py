@@ -1,4 +1,4 @@
-"""Times of a data set: labels, seconds, and the runs in which they follow one another in equal steps."""
+"""Times of a data set: labels, seconds, and the runs in which they follow one another in equal steps or months."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from credit_parallel.data.months import MonthStep, month_step
 from credit_parallel.data.source import Source
 
 logger = logging.getLogger(__name__)
@@ -28,19 +29,22 @@ class TimeAxis:
         labels: A name for each.
         seconds: Since 1970-01-01; None where they are none.
         segments: Ranges that follow one another in equal steps.
-        step: Seconds between times; None for a single one.
+        step: Seconds between times; None for a single one, and where they follow one another on the calendar.
+        calendar: The months between times that follow one another on the calendar; None for others.
     """
 
     labels: tuple[str, ...]
     seconds: tuple[float, ...] | None
     segments: tuple[range, ...]
     step: float | None
+    calendar: MonthStep | None = None
 
     @classmethod
     def from_seconds(cls, seconds: Sequence[float], name: str) -> TimeAxis:
         """Times that are moments; ``name`` is what errors call the data.
 
-        The step is the commonest one; where another one lies between two times, a segment ends.
+        The step is the commonest one; where another one lies between two times, a segment ends. It is a number of
+        months where the times lie at one place of their months, and no more segments end so.
 
         Raises:
             ValueError: If they do not increase.
@@ -55,15 +59,20 @@ class TimeAxis:
             return cls(labels, tuple(values.tolist()), (range(len(values)),), None)
         step = float(Counter(np.round(steps, 3).tolist()).most_common(1)[0][0])
         gaps = [i + 1 for i, other in enumerate(steps.tolist()) if abs(other - step) > 1e-3 * step]
+        said, calendar = f"{step:g} s", None
+        on_calendar = month_step(values)
+        if on_calendar is not None and len(on_calendar[1]) <= len(gaps):
+            calendar, gaps = on_calendar
+            said = str(calendar)
         ends = [0, *gaps, len(values)]
         if len(gaps) > len(values) // 4:
             logger.warning(
-                "%s: times are irregular; steps of %g s are the commonest, and the others split the %d times into %d "
+                "%s: times are irregular; steps of %s are the commonest, and the others split the %d times into %d "
                 "runs, which no sample crosses",
-                *(name, step, len(values), len(gaps) + 1),
+                *(name, said, len(values), len(gaps) + 1),
             )
         segments = tuple(range(start, stop) for start, stop in pairwise(ends))
-        return cls(labels, tuple(values.tolist()), segments, step)
+        return cls(labels, tuple(values.tolist()), segments, step if calendar is None else None, calendar)
 
     @classmethod
     def from_labels(cls, labels: Sequence[str]) -> TimeAxis:
@@ -91,7 +100,8 @@ def lead_in_steps(source: Source, lead: int | str) -> int:
         lead: A number of times, or text with a unit: ``6h``, ``30min``, ``1d``, ``90s``.
 
     Raises:
-        ValueError: If it is not positive, no whole number of steps, or the times are no moments.
+        ValueError: If it is not positive, no whole number of steps, or has a unit and the times are no moments, or
+            follow one another on the calendar.
     """
     if isinstance(lead, int) and not isinstance(lead, bool) and lead >= 1:
         return lead
@@ -102,6 +112,12 @@ def lead_in_steps(source: Source, lead: int | str) -> int:
         )
     if match[2] is None:
         return int(match[1])
+    calendar = calendar_of(source)
+    if calendar is not None:
+        raise ValueError(
+            f"{source.name}: lead={lead!r} is a time, and its times are {calendar} apart, which is no constant time: "
+            "give the lead as a number of times, such as 1"
+        )
     if not source.step:
         raise ValueError(
             f"{source.name}: lead={lead!r} needs times that are moments in equal steps, and these are "
@@ -114,6 +130,31 @@ def lead_in_steps(source: Source, lead: int | str) -> int:
             f"{source.name}: lead={lead!r} is no multiple of the {_duration(source.step)} between times of the data"
         )
     return steps
+
+
+def calendar_of(source: Source) -> MonthStep | None:
+    """The months between times that follow one another on the calendar; None for others."""
+    calendar: MonthStep | None = getattr(source, "calendar", None)
+    return calendar
+
+
+def seconds_ahead(source: Source, time: int, steps: int) -> float | None:
+    """Seconds from a time of the data to that which is so many steps later, beyond the end of the data too.
+
+    Args:
+        source: The data.
+        time: Index of the time.
+        steps: How many steps of the data.
+
+    Returns:
+        None where times are no moments, or there is one time alone.
+    """
+    if source.seconds is None:
+        return None
+    if source.step is not None:
+        return source.step * steps
+    calendar = calendar_of(source)
+    return None if calendar is None else calendar.ahead(source.seconds[time], steps)
 
 
 def times_between(source: Source, bounds: Sequence[Any]) -> list[int]:

@@ -75,6 +75,7 @@ def contents_of(
     starts: Sequence[float] | Sequence[str],
     leads: Sequence[float],
     attributes: Mapping[str, str],
+    valid: Sequence[Sequence[float]] | None = None,
 ) -> Contents:
     """Arrange channels as variables, those of one name along a level, and times as CF has them.
 
@@ -82,18 +83,26 @@ def contents_of(
         channels: The channels of a field.
         grid: Where they are.
         starts: The initial times: seconds since 1970-01-01, or labels where times are none.
-        leads: Seconds from the initial time; numbers of steps where ``starts`` are labels.
+        leads: Seconds from the initial time; numbers of steps where ``starts`` are labels, or ``valid`` is given.
         attributes: Of the file, besides ``Conventions``.
+        valid: The time of each start and lead, seconds since 1970-01-01, where leads are numbers of steps.
 
     Raises:
         ValueError: If there are no channels, starts or leads, two of them are equal, or a variable has both a level and
-            none, or the name of a coordinate.
+            none, or the name of a coordinate; or ``valid`` is not of all starts and leads, or of labels.
     """
     for what, values in (("channels", [c.label for c in channels]), ("starts", starts), ("leads", leads)):
         if not len(values) or len(set(values)) < len(values):
             raise ValueError(f"{what} must be one or more, all different; got {list(values)}")
     labelled = isinstance(starts[0], str)
-    times = _labels(starts, leads) if labelled else _times(starts, leads)
+    if valid is not None:
+        got = np.shape(valid)
+        if labelled or got != (len(starts), len(leads)):
+            raise ValueError(
+                f"valid must be a time for each of {len(starts)} starts, which are times, and {len(leads)} leads; got "
+                f"shape {got}{' for labels' if labelled else ''}"
+            )
+    times = _labels(starts, leads) if labelled else _times(starts, leads, valid)
     first = tuple(c.name for c in times[:2])
     place = (
         Coordinate("latitude", ("latitude",), *_degrees(grid.latitudes, "latitude", "north", "Y")),
@@ -118,9 +127,11 @@ def contents_of(
     return Contents(coordinates, tuple(variables), {"Conventions": "CF-1.11", **attributes})
 
 
-def _times(starts: Sequence[Any], leads: Sequence[float]) -> tuple[Coordinate, ...]:
+def _times(
+    starts: Sequence[Any], leads: Sequence[float], known: Sequence[Sequence[float]] | None
+) -> tuple[Coordinate, ...]:
     begin, ahead = np.asarray(starts, np.float64), np.asarray(leads, np.float64)
-    at = ("forecast_reference_time", "lead_time")
+    at = ("forecast_reference_time", "lead_time" if known is None else "lead_step")
     since = {"calendar": "proleptic_gregorian"}
     values, unit = _in_hours(begin)
     reference = {
@@ -137,7 +148,7 @@ def _times(starts: Sequence[Any], leads: Sequence[float]) -> tuple[Coordinate, .
         "units": later_unit,
         "dtype": "timedelta64[ns]",
     }
-    valid, valid_unit = _in_hours(begin[:, None] + ahead)
+    valid, valid_unit = _in_hours(begin[:, None] + ahead if known is None else np.asarray(known, np.float64))
     of = {
         "standard_name": "time",
         "long_name": "time that the forecast is for",
@@ -146,17 +157,21 @@ def _times(starts: Sequence[Any], leads: Sequence[float]) -> tuple[Coordinate, .
     }
     return (
         Coordinate(at[0], at[:1], values, reference),
-        Coordinate(at[1], at[1:], later, period),
+        Coordinate(at[1], at[1:], later, period) if known is None else _steps(leads),
         Coordinate("valid_time", at, valid, of),
     )
 
 
 def _labels(starts: Sequence[Any], leads: Sequence[float]) -> tuple[Coordinate, ...]:
-    steps = np.asarray(leads)
     return (
         Coordinate("start", ("start",), np.asarray(starts, np.str_), {"long_name": "initial state of the forecast"}),
-        Coordinate("lead_step", ("lead_step",), steps, {"long_name": "steps from the initial state", "units": "1"}),
+        _steps(leads),
     )
+
+
+def _steps(leads: Sequence[float]) -> Coordinate:
+    found = {"long_name": "steps from the initial state", "units": "1"}
+    return Coordinate("lead_step", ("lead_step",), np.asarray(leads), found)
 
 
 def _in_hours(seconds: Any) -> tuple[Any, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from credit_parallel.checkpoint.ranks import together
 from credit_parallel.contract import place_of
 from credit_parallel.data.forcings import Forcings
 from credit_parallel.data.source import Source
+from credit_parallel.data.times import calendar_of, seconds_ahead
 from credit_parallel.forecast.writer import ForecastWriter
 from credit_parallel.training.experiment import Experiment
 from credit_parallel.training.scores import LeadScores
@@ -48,7 +50,8 @@ def run_forecast(
         progress: Called with the number of starts that all replicas together have done.
 
     Returns:
-        A dict that is the same on every rank, of ``starts`` (labels), ``lead_seconds`` (None where times are none),
+        A dict that is the same on every rank, of ``starts`` (labels), ``lead_seconds`` (None where times are none,
+        or follow one another on the calendar),
         ``scored`` (how many starts were scored, for each lead), and ``rmse``, ``bias``, ``acc`` and the same of
         persistence (``persistence_rmse``, ...), by channel, a list over leads, with None where no truth is there.
 
@@ -68,7 +71,6 @@ def run_forecast(
             raise ValueError(f"needs one start and one step or more; got {len(starts)} start(s) and {steps} step(s)")
         last = [_last_time(source, start, (data.history - 1) * lead) for start in starts]
         forcings = Forcings(data.forcings, source.grid, rows)
-    ahead = (source.step or 0.0) * lead
     scores = LeadScores(source.channels, statistics, experiment.weights(), steps)
 
     def read(times: Sequence[int]) -> Tensor:
@@ -80,7 +82,11 @@ def run_forecast(
 
     def known(start: int) -> Tensor:
         begin = None if source.seconds is None else source.seconds[start]
-        fields = [forcings.at(None if begin is None else begin + step * ahead, ahead) for step in range(steps)]
+        passed = [seconds_ahead(source, start, step * lead) for step in range(steps + 1)]
+        fields = [
+            forcings.at(begin, None) if begin is None or a is None or b is None else forcings.at(begin + a, b - a)
+            for a, b in pairwise(passed)
+        ]
         return torch.stack(fields).to(device, experiment.dtype)
 
     context.sync_buffers()
@@ -120,7 +126,7 @@ def run_forecast(
     ]
     return {
         "starts": [source.labels[start] for start in starts],
-        "lead_seconds": _leads(source, lead, steps) if _has_times(source) else None,
+        "lead_seconds": _leads(source, lead, steps) if source.seconds is not None and source.step is not None else None,
         "scored": scored,
         **scores.compute([count > 0 for count in scored]),
     }
@@ -154,15 +160,21 @@ def open_writer(
         Those of :class:`ForecastWriter`.
     """
     source, context = experiment.checked.source, experiment.context
-    seconds = source.seconds if _has_times(source) else None
+    lead = experiment.checked.lead_steps
+    seconds, valid = source.seconds if _has_times(source) else None, None
+    calendar = calendar_of(source)
+    if seconds is not None and calendar is not None:
+        begun = [seconds[start] for start in starts]
+        valid = [[begin + calendar.ahead(begin, (step + 1) * lead) for step in range(steps)] for begin in begun]
     return ForecastWriter(
         path,
         source.channels,
         source.grid,
         [source.labels[start] for start in starts] if seconds is None else [seconds[start] for start in starts],
-        _leads(source, experiment.checked.lead_steps, steps),
+        _leads(source, lead, steps),
         experiment.checked.partition,
         context.manager,
+        valid=valid,
         compression=compression,
         overwrite=overwrite,
         attributes=attributes,
@@ -170,12 +182,12 @@ def open_writer(
 
 
 def _has_times(source: Source) -> bool:
-    """Whether times are moments, and a lead is a number of seconds."""
-    return source.seconds is not None and source.step is not None
+    """Whether times are moments, and it is known when the next one is."""
+    return source.seconds is not None and (source.step is not None or calendar_of(source) is not None)
 
 
 def _leads(source: Source, lead_steps: int, steps: int) -> list[float]:
-    """Seconds from the start for each step, or the numbers of the steps where times are none."""
+    """Seconds from the start for each step, or the numbers of the steps where no constant time lies between times."""
     unit = source.step * lead_steps if source.seconds is not None and source.step is not None else 1
     return [(step + 1) * unit for step in range(steps)]
 

@@ -48,9 +48,11 @@ class ForecastWriter:
         grid: Latitudes and longitudes of all rows.
         starts: Initial times of all forecasts, those of other replicas too: seconds since 1970-01-01, or labels where
             times are none.
-        leads: Seconds from the initial time; numbers of steps where ``starts`` are labels.
+        leads: Seconds from the initial time; numbers of steps where ``starts`` are labels, or ``valid`` is given.
         partition: Rows of each domain rank; None takes the declared one, or all rows on one rank.
         manager: The manager; None takes the present one, and a single rank where torch.distributed is not initialised.
+        valid: The time of each start and lead, seconds since 1970-01-01, where it is no constant time after the start,
+            such as months; None where it is, and for labels.
         compression: Level of zlib, 1 to 9; 0 for none.
         overwrite: Whether to replace what has this name, once the new file is complete.
         attributes: Of the file: ``title``, ``history`` and so on.
@@ -74,6 +76,7 @@ class ForecastWriter:
         partition: RowPartition | None = None,
         manager: DomainParallelManager | None = None,
         *,
+        valid: Sequence[Sequence[float]] | None = None,
         compression: int = 0,
         overwrite: bool = False,
         attributes: Mapping[str, str] | None = None,
@@ -99,7 +102,7 @@ class ForecastWriter:
             if not 0 <= compression <= 9:
                 raise ValueError(f"compression must be 0 to 9; got {compression}")
             self._rows = partition.interval(self._at.domain)
-            self._contents = contents_of(channels, grid, starts, leads, attributes or {})
+            self._contents = contents_of(channels, grid, starts, leads, attributes or {}, valid)
             self._store: Store = store_of(self.path)
             self._shape = (len(channels), len(self._rows), grid.width)
             check_target(self.path, overwrite or not self._first)

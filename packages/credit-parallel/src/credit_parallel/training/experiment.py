@@ -30,6 +30,7 @@ from credit_parallel.data.opening import open_source
 from credit_parallel.data.samples import Samples, lead_in_steps, sample_starts, times_between
 from credit_parallel.data.source import Source
 from credit_parallel.data.statistics import Statistics, compute_statistics
+from credit_parallel.data.times import seconds_ahead
 from credit_parallel.losses import cos_latitude_weights, latitude_weights
 from credit_parallel.models import build_model
 from credit_parallel.state_dicts import from_first
@@ -130,8 +131,8 @@ def check(
             valid = ()
     grid = source.grid
     in_channels = channels_in(config, source)
-    if source.seconds is None:
-        Forcings(data.forcings, grid, range(0)).at(None, 0.0)  # refuses what needs a time
+    begin = None if source.seconds is None else source.seconds[0]
+    Forcings(data.forcings, grid, range(0)).at(begin, seconds_ahead(source, 0, lead_steps))  # refuses what needs a time
     torch.manual_seed(trainer.seed)
     model = build_model(
         config.model,
