@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 
 import pytest
 import torch
@@ -379,3 +380,119 @@ def test_a_known_family_that_is_something_else_is_left_to_the_rules():
     with pytest.raises(RankError) as error:
         convert_and_call(model, 2, whole_input())
     assert "0 (Shifted)" in refusals(error).pop()
+
+
+def test_a_part_that_was_converted_before():
+    """Its layers know their manager, and it still waits for its own trial."""
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        inner = convert_to_domain_parallel(Net(Block(4, 4)), manager)
+        twin = convert_to_domain_parallel(nn.Sequential(inner, nn.Conv2d(2, 2, 3, padding=1)), manager)
+        return twin(shard_tensor(whole_input(), -2, manager)).shape[-2]
+
+    assert run_threads(rank_main, 2) == [12, 12]
+
+
+class Closure(nn.Module):
+    """Holds a function that a copy shares with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 3, 3, padding=1), nn.Parameter(torch.ones(()))
+        self.act = lambda y: y * self.scale
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+def test_gradients_and_generators_are_left_alone():
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        twin = convert_to_domain_parallel(Closure(), manager)
+        twin.scale.grad = torch.tensor(3.0)
+        with torch.no_grad():
+            twin(shard_tensor(whole_input(), -2, manager))
+        assert float(twin.scale.grad) == 3.0
+        assert twin.conv.weight.grad is None
+
+    state = random.getstate()
+    run_threads(rank_main, 2)
+    assert random.getstate() == state
+
+
+class Context(nn.Module):
+    """Attends to nothing of its second input but its mean; that one is whole on every rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 4)
+
+    def forward(self, context, x):
+        return self.conv(x) + self.mix(context.mean(1))[:, :, None, None]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+def test_inputs_that_every_rank_holds_whole(tokens):
+    """Also where they have by chance as many tokens as a rank has rows."""
+    context = torch.randn(2, tokens, 5)
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        twin = convert_to_domain_parallel(Context(), manager)
+        return twin(context, shard_tensor(whole_input(), -2, manager)).shape[-2]
+
+    assert run_threads(rank_main, 2) == [12, 12]
+
+
+class Drawn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) * random.random()
+
+
+class OneRankFails(nn.Module):
+    """An own convolution without padding: a rank of two rows has too few."""
+
+    def forward(self, x):
+        return F.conv2d(x, torch.ones(x.shape[1], 1, 3, 1, dtype=x.dtype), groups=x.shape[1])
+
+
+def test_what_draws_by_itself_is_said_and_not_refused(caplog):
+    with caplog.at_level(logging.WARNING, "credit_domain"):
+        convert_and_call(Drawn(), 2, whole_input())
+    assert any("draws random numbers" in record.message for record in caplog.records)
+
+
+def test_a_rank_that_fails_alone_tells_the_others():
+    with pytest.raises(RankError) as error:
+        convert_and_call(OneRankFails(), 2, whole_input()[:, :, :5])
+    (message,) = refusals(error)
+    assert "fails on rank 1" in message
+    assert len(error.value.errors) == 2
+
+
+class Units(nn.Module):
+    """Channels in other units: the wrong one is small."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return torch.cat([y * 1e5, (y - y.mean((-2, -1), keepdim=True)) * 1e-2], 1)
+
+
+def test_channels_are_compared_by_their_own_scale():
+    with pytest.raises(RankError, match=r"the model itself \(Units\)"):
+        convert_and_call(Units(), 2, whole_input())
+
+
+def test_reshaped_rows_and_patched_forwards_are_tried():
+    flat = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Flatten(2), nn.Softmax(-1))
+    with pytest.raises(RankError, match="does not give the numbers of one rank"):
+        convert_and_call(flat, 2, whole_input())

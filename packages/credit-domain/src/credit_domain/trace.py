@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from credit_domain.casts import real_dtype_of
+from credit_mesh import DomainParallelManager
 from credit_mesh.manager import set_aside
 
 
@@ -80,9 +82,32 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
+FIRST_CALL = "_tries_at_first_call"
+"""The attribute by which the hook of a pending trial is known; see :mod:`credit_domain.verification.trial`."""
+
+_ALONE = SimpleNamespace(
+    domain_parallel_size=1, domain_rank=0, is_first_domain_rank=True, is_last_domain_rank=True, partition=None
+)
+
+
+def managers_of(model: nn.Module) -> dict[int, Any]:
+    """For a copy that runs on one rank: in place of each manager that its modules hold, one of a single rank."""
+    held = (value for part in model.modules() for value in vars(part).values())
+    return {id(value): _ALONE for value in held if isinstance(value, DomainParallelManager)}
+
+
+def drop_trials(model: nn.Module) -> nn.Module:
+    """Take pending trials away from a copy: the model that it is of waits for them, and not the copy."""
+    for part in model.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if hasattr(hook, FIRST_CALL):
+                del part._forward_pre_hooks[key]
+    return model
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors are all on the meta device, made without copying any of them."""
-    memo: dict[int, Any] = {}
+    """A copy for one rank whose tensors are all on the meta device, made without copying any of them."""
+    memo = managers_of(model)
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, Tensor):
@@ -94,7 +119,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None:
                 memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return drop_trials(copy.deepcopy(model, memo))
 
 
 def _listing(name: str, calls: list[LayerCall]) -> Any:

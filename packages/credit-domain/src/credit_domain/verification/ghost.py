@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.trace import drop_trials, managers_of
 from credit_domain.verification.record import without_dropout
 
 Switches = dict[str, dict[str, bool | int | float | str]]
 _CHECKPOINTED = "_checkpoint_wrapped_module."
-FIRST_CALL = "_tries_at_first_call"
-"""The attribute by which the hook of a pending trial is known."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,19 @@ class Ghost:
         if any(buffer.is_meta for buffer in model.buffers()):
             raise ValueError("its buffers are on the meta device")
         names = {id(p): name for name, p in model.named_parameters()} if like is None else like.names
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = managers_of(model) if like is None else {}  # the plain model runs on one rank
         for part in model.modules():
-            for value in vars(part).values():  # hooks compute these from parameters, and will again
-                if isinstance(value, Tensor) and not value.is_leaf:
+            for value in vars(part).values():
+                if (
+                    isinstance(value, Tensor) and not value.is_leaf
+                ):  # a hook computes it from parameters, and will again
                     memo[id(value)] = value.detach().clone()
         for parameter in model.parameters():
             if id(parameter) in names:
                 ghost = torch.empty_like(parameter, device="meta")
                 memo[id(parameter)] = nn.Parameter(ghost, requires_grad=parameter.requires_grad)
         order = tuple(names.get(id(p)) for part in model.modules() for p in part._parameters.values() if p is not None)
-        ghost_model = copy.deepcopy(model, memo)
-        for part in ghost_model.modules():  # a part that was converted before may still wait for its own trial
-            for key, hook in list(part._forward_pre_hooks.items()):
-                if hasattr(hook, FIRST_CALL):
-                    del part._forward_pre_hooks[key]
-        return cls(ghost_model, names, order)
+        return cls(drop_trials(copy.deepcopy(model, memo)), names, order)
 
     @property
     def size(self) -> int:

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from credit_domain.domain import constant
-from credit_domain.trace import is_shape
+from credit_domain.trace import FIRST_CALL, is_shape
 from credit_domain.verification.compare import sharded_dim
 from credit_domain.verification.events import Events, Run, unlike_shapes
-from credit_domain.verification.ghost import FIRST_CALL, Ghost, Switches, switches_of
+from credit_domain.verification.ghost import Ghost, Switches, switches_of
 from credit_domain.verification.record import Recorder, tensors_in
+from credit_domain.verification.report import Difference
 from credit_halo import ExchangeError
 from credit_mesh import DomainParallelManager, RowPartition
 from credit_mesh.manager import set_aside
@@ -340,7 +341,7 @@ class Trial:
             try:
                 dim = sharded_dim(out.shape, parts, self._shard_dim)
             except LookupError:
-                wrong.add("output")
+                wrong |= {"output", "shape"}
                 continue
             expected, factor = out, factors[path]
             if dim is None:
@@ -388,11 +389,15 @@ class Trial:
         events = Events(mine, runs, self._shard_dim, tolerance)
         errors = {item.partition(":")[2]: 1.0 for item in wrong if item.startswith("parameter:")}
         if "output" in wrong:
-            found = events.first_difference() or unlike_shapes(mine, runs)
+            found = events.first_difference() or (
+                unlike_shapes(mine, runs)
+                if "shape" in wrong
+                else Difference("forward", "", "", "channels of its result differ that are small beside others", 0.0)
+            )
         else:
             found = events.first_backward_difference(errors)
-        where = f"{found.module or 'the model itself'} ({found.kind or self.kind})"
-        return self._refusal(f"{where}: {found.what}\n  {found.advice}", found.module)
+        where = f"{found.module} ({found.kind})" if found.module else f"the model itself ({self.kind})"
+        return self._refusal("\n  ".join(filter(None, (f"{where}: {found.what}", found.advice))), found.module)
 
     def _refusal(self, what: str, name: str) -> str:
         ranks, mistaken = self._manager.domain_parallel_size, self._reasons.get(name, "")
