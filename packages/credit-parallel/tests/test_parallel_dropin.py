@@ -306,12 +306,12 @@ def test_what_a_test_puts_in_place_is_what_is_called(installed, monkeypatch):
     from credit.parallel.domain import shard_lat_weights
 
     weights = torch.arange(8.0)
-    assert shard_lat_weights(weights, 4) is weights
+    assert shard_lat_weights(weights, 8) is weights
     stand_in = SimpleNamespace(domain_parallel_size=2, domain_rank=1)
     with monkeypatch.context() as patch:
         patch.setattr("credit.domain_parallel.manager.get_domain_parallel_manager", lambda: stand_in)
         assert shard_lat_weights(weights, 4).tolist() == [4.0, 5.0, 6.0, 7.0]
-    assert shard_lat_weights(weights, 4) is weights
+    assert shard_lat_weights(weights, 8) is weights
 
 
 def test_conversion_with_a_stand_in_for_the_manager(installed):

@@ -60,14 +60,23 @@ class GradientReducer:
         parameters: The parameters to average by name, frozen ones too; the same on every rank, in the same order.
         group: The ranks.
         bucket_bytes: Size of a bucket.
+        alone: Whether nothing else averages gradients of the model. Parameters that this reducer does not know are
+            refused then; FSDP2 and torch's own reducer average the others.
 
     Attributes:
         enabled: Whether a backward averages; returns False inside ``no_sync``.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], group: ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        group: ProcessGroup,
+        bucket_bytes: int = BUCKET_BYTES,
+        *,
+        alone: bool = True,
     ) -> None:
+        self.alone = alone
         self.enabled: Callable[[], bool] = lambda: True
         self._model, self._group, self._ranks = ref(model), group, dist.get_world_size(group)
         self._bucket_bytes = bucket_bytes
@@ -151,7 +160,7 @@ class GradientReducer:
     def _average(self) -> None:
         try:
             model = self._model()
-            if model is not None and not isinstance(model, FSDPModule):  # which averages the others
+            if model is not None and self.alone and not isinstance(model, FSDPModule):
                 refuse_strangers(model, self.covers)
             for bucket in self._buckets[len(self._sent) : -1]:
                 self._send(bucket)

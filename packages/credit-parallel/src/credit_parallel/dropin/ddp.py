@@ -52,7 +52,8 @@ def _init(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs
             wrapper = itself()
             return wrapper is None or bool(wrapper.require_backward_grad_sync)
 
-        GradientReducer(get_raw_model(module), divided, group).enabled = enabled
+        reducer = GradientReducer(get_raw_model(module), divided, group, alone=False)  # torch's averages the others
+        reducer.enabled = enabled
     return None
 
 
