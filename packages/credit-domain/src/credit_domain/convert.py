@@ -101,7 +101,7 @@ def convert_to_domain_parallel(
     (:mod:`credit_domain.adapters`) are converted as well. Parameters stay the same objects under the same names.
 
     What the ``forward`` of your own modules does with rows (``F.pad``, ``torch.roll``, a mean over rows) cannot be seen
-    from outside. A model with such modules is therefore tried once (:mod:`credit_domain.verification.trial`): a copy
+    from outside. A model with such modules is therefore tried once (``credit_domain.verification.trial``): a copy
     with random weights runs whole and sharded on a few random rows, and the first module that gives other numbers is
     refused by name. The trial takes place here if the shape of the input is given, else at the first call of the model.
     It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.

@@ -83,7 +83,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 FIRST_CALL = "_tries_at_first_call"
-"""The attribute by which the hook of a pending trial is known; see :mod:`credit_domain.verification.trial`."""
+"""The attribute by which the hook of a pending trial is known; see ``credit_domain.verification.trial``."""
 
 _ALONE = SimpleNamespace(
     domain_parallel_size=1, domain_rank=0, is_first_domain_rank=True, is_last_domain_rank=True, partition=None

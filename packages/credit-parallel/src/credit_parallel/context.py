@@ -227,7 +227,7 @@ class ParallelContext:
         return check_finite(loss)
 
     def sync_buffers(self) -> None:
-        """Give every replica the buffers of the first one; see :func:`credit_parallel.buffers.sync_buffers`.
+        """Give every replica the buffers of the first one; see ``credit_parallel.buffers.sync_buffers``.
 
         Call it before validation and forecasts. :meth:`save` does it by itself.
 

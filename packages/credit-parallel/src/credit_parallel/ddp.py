@@ -33,7 +33,7 @@ _NEEDLESS = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view"
 
 
 class AveragedDataParallel(DistributedDataParallel):
-    """DistributedDataParallel whose gradients :class:`credit_parallel.reducer.GradientReducer` averages.
+    """DistributedDataParallel whose gradients ``credit_parallel.reducer.GradientReducer`` averages.
 
     ``no_sync``, ``module`` and the names in its state dict are those of torch's class. Torch's own reducer gets a
     single parameter, since it cannot be left without one, and is never started.

@@ -47,7 +47,7 @@ def build_model(
         width: Columns of the grid.
         periodic: Whether the column after the last one is the first one; an option of this name overrules it.
         make: What makes the model; None for what :func:`factory` finds under the name, which must be the user's word
-            then: a name that only a checkpoint has goes through :func:`credit_parallel.trust.restricted`.
+            then: a name that only a checkpoint has goes through ``credit_parallel.trust.restricted``.
 
     Raises:
         ValueError: As :func:`factory`; if the factory does not take an option, needs one that is missing, raises, or

@@ -128,7 +128,7 @@ def crop(
         label: See :func:`roll`.
 
     Returns:
-        This rank's share of the rows, of the same dtype and other dims: a new tensor.
+        A new tensor with this rank's share of the rows, of the same dtype and other dims.
 
     Raises:
         ValueError: On all ranks alike, if there are no such rows, none would be left, or ``target`` is one of other
