@@ -25,7 +25,14 @@ PARTS = ("config", "data", "demo", "era5", "examples", "forecast", "plan", "plot
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
 
 # A rank that is a process need not spend half a second on these.
-PRELOADED = ["credit_halo.testing", "credit_domain", "credit_parallel.training.loop", "hypothesis", "pytest", "xarray"]
+PRELOADED = [
+    "credit_halo.testing",
+    "credit_domain",
+    "credit_parallel.app.training.loop",
+    "hypothesis",
+    "pytest",
+    "xarray",
+]
 
 
 def pytest_report_header() -> str | None:
