@@ -33,7 +33,7 @@ MISSING = [package for package in ("numpy", "tqdm", "yaml") if find_spec(package
 PARTS = ("config", "data", "demo", "era5", "examples", "forecast", "plan", "plots", "training")
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
 
-# A rank that is a process need not spend half a second on these.
+# A rank that is a process need not spend a second or two on these.
 PRELOADED = [
     "credit_halo.testing",
     "credit_domain",
@@ -41,6 +41,8 @@ PRELOADED = [
     "hypothesis",
     "pytest",
     "xarray",
+    # What torch.compile imports when it is first used takes longer than to compile a small function.
+    "torch._inductor.compile_fx",
 ]
 
 
