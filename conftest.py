@@ -4,6 +4,7 @@ at what each test leaves behind for others."""
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import multiprocessing.forkserver
 import os
@@ -155,13 +156,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # What a test leaves behind for others. pytest puts filters of warnings back, and random generators are seeded below.
 
 
+def threads_that_stay() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if not thread.daemon]
+
+
 def shared_state() -> dict[str, Any]:
     """What all tests of a process share, by what an error calls it."""
     found: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     found["the working directory"] = os.getcwd()
-    found["sys.path"] = list(sys.path)
     found["the handler of SIGINT"], found["that of SIGTERM"] = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))
-    found["threads that are no daemons"] = {thread for thread in threading.enumerate() if not thread.daemon}
+    found["threads that are no daemons"] = set(threads_that_stay())
     found["processes"] = set(multiprocessing.active_children())
     loggers = {name: logging.getLogger(name) for name in ["", *logging.root.manager.loggerDict]}
     for name, logger in loggers.items():
@@ -173,7 +177,6 @@ def shared_state() -> dict[str, Any]:
 
         found["torch's default dtype"] = torch.get_default_dtype()
         found["torch's default device"] = torch.get_default_device()
-        found["torch's number of threads"] = torch.get_num_threads()
         found["torch's grad mode"] = torch.is_grad_enabled()
         found["torch's autocast"] = torch.is_autocast_enabled("cpu")
         found["torch's deterministic mode"] = torch.are_deterministic_algorithms_enabled()
@@ -194,14 +197,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     trace = logging.getLogger("credit_halo.trace")  # whose lines go to the stderr of the test that first asked for them
     trace.handlers, trace.level, trace.propagate = [], logging.NOTSET, True
     item.stash[FOUND] = shared_state()
-    return (yield)
+    # The application, called in this process, sets these for good. They are put back.
+    path, torch = list(sys.path), sys.modules.get("torch") if "torch.distributed" in sys.modules else None
+    threads = torch.get_num_threads() if torch else 0
+    result = yield
+    sys.path[:] = path
+    if torch:
+        torch.set_num_threads(threads)
+    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     """Compare what a test leaves with what it found. What is new is left out where a first use makes it."""
     result = yield
-    found, left = item.stash[FOUND], shared_state()
+    found = item.stash[FOUND]
+    for kind, running in (
+        ("threads that are no daemons", threads_that_stay),
+        ("processes", multiprocessing.active_children),
+    ):
+        for each in set(running()) - found[kind]:
+            gc.collect()  # which ends the workers of a loader
+            each.join(5)  # what was told to end may take a moment
+    left = shared_state()
     made_by_use = ("sys.modules", "torch", "the logger")
     changed = [name for name in found if name not in left or left[name] != found[name]]
     changed += [name for name in left if name not in found and not name.startswith(made_by_use)]

@@ -11,12 +11,10 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {
     "variable": ("os.environ['CREDIT_LEFT'] = '1'", "$CREDIT_LEFT"),
     "folder": ("os.chdir('/')", "the working directory"),
-    "path": ("sys.path.append('/left')", "sys.path"),
     "handler": ("logging.getLogger().addHandler(logging.NullHandler())", "the logger root"),
     "level": ("logging.getLogger('credit_halo').setLevel(10)", "the logger credit_halo"),
     "module": ("sys.modules['json'] = os", "sys.modules['json']"),
     "dtype": ("torch.set_default_dtype(torch.float64)", "torch's default dtype, torch.Storage"),
-    "threads": ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch's number of threads"),
     "grad": ("torch.set_grad_enabled(False)", "torch's grad mode"),
     "function": ("dist.all_reduce = print", "torch.distributed.all_reduce"),
     "group": ("dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)", "a process group"),
