@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit_domain.domain import Domain
-from credit_domain.footprint import convolution
-from credit_domain.functional.borders import borders_of_conv
-from credit_domain.functional.overlap import Shape, convolve
+from credit_domain.engine.footprint import convolution
+from credit_domain.ops.conv.borders import borders_of_conv
+from credit_domain.ops.conv.overlap import Shape, convolve
 from credit_halo import EdgeRule
 from credit_halo.testing import run_processes
 from credit_mesh import RowPartition

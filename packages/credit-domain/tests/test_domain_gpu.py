@@ -19,12 +19,12 @@ from domain_models import MultiKernelEmbedding, PeriodicConv2d, PeriodicResidual
 from domain_reference import randn, shard
 from torch import Tensor, nn
 
-import credit_domain.functional.overlap as overlap
+import credit_domain.ops.conv.overlap as overlap
 from credit_domain import convert_to_domain_parallel, initialize_domain_parallel
 from credit_domain.domain import Domain
-from credit_domain.footprint import convolution
-from credit_domain.functional.borders import borders_of_conv
-from credit_domain.functional.overlap import Shape, convolve
+from credit_domain.engine.footprint import convolution
+from credit_domain.ops.conv.borders import borders_of_conv
+from credit_domain.ops.conv.overlap import Shape, convolve
 from credit_domain.layers import DomainParallelPeriodicConv2d
 from credit_halo import EdgeRule
 from credit_halo.testing import run_processes, run_threads

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from credit_domain import footprint
-from credit_domain.functional.interpolate import interpolate
-from credit_domain.layers.interpolate import DomainParallelInterpolate, DomainParallelUpsample
-from credit_domain.layers.pad import DomainParallelPad
-from credit_domain.layers.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
+from credit_domain.ops.interpolation.interpolation import interpolate
+from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate, DomainParallelUpsample
+from credit_domain.ops.padding.padding_layers import DomainParallelPad
+from credit_domain.ops.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

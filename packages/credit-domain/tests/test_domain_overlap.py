@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import credit_domain.functional.overlap as overlap
-import credit_domain.functional.overlap_op as overlap_op
+import credit_domain.ops.conv.overlap as overlap
+import credit_domain.ops.conv.overlap_op as overlap_op
 from credit_domain import convert_to_domain_parallel, footprint
 from credit_domain.domain import domain_of
-from credit_domain.functional.borders import borders_of_conv, borders_of_transposed
+from credit_domain.ops.conv.borders import borders_of_conv, borders_of_transposed
 from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspose2d
 from credit_halo import EdgeRule, ops
 from credit_halo.testing import run_processes, run_threads

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_domain.footprint import Footprint
+from credit_domain.engine.footprint import Footprint
 from credit_halo import all_sum, exchange_rows, ops, plan_rows
 from credit_halo._torch_private import group_by_name
 from credit_halo.agreement import agree, has_agreed
@@ -252,7 +252,8 @@ def step_of(footprint: Footprint, rank: int) -> Step:
     need, own = footprint.needs[rank], footprint.target.interval(rank)
     target = footprint.target
     sizes = footprint.source.sizes, target.sizes
-    return Step(plan.key, footprint.is_local, need.start, len(need), own.start, len(own), target.rows, sizes)
+    start = need.start if isinstance(need, range) else 0
+    return Step(plan.key, footprint.is_local, start, len(need), own.start, len(own), target.rows, sizes)
 
 
 def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: bool = False) -> Tensor:

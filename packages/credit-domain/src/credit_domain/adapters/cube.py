@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from credit_domain.adapters.base import Adapter, is_candidate, landing, partition_at, prove
-from credit_domain.functional.interpolate import resample
-from credit_domain.functional.pad import pad
-from credit_domain.functional.pixel import unshuffle
-from credit_domain.functional.rows import crop
+from credit_domain.ops.interpolation.interpolation import resample
+from credit_domain.ops.padding.padding import pad
+from credit_domain.ops.pixel import unshuffle
+from credit_domain.ops.rearranging import crop
 from credit_mesh import DomainParallelManager
 
 _SIDES = ("after", "both")
@@ -147,7 +147,7 @@ class DomainParallelPatchMerging(_Grid):
             ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
-            Those of :func:`credit_domain.functional.pad` and :func:`credit_domain.functional.pixel_unshuffle`.
+            Those of :func:`credit_domain.ops.padding.padding` and :func:`credit_domain.functional.pixel_unshuffle`.
         """
         m: Any = self.wrapped
         sides, order = self.form.split(" ", 1)
@@ -262,11 +262,11 @@ class DomainParallelResizingModel(_Grid):
         """Run the model on this rank's rows of (B, C, T, H, W); returns (B, C, H, W).
 
         Raises:
-            ValueError: As :func:`credit_domain.functional.interpolate`.
+            ValueError: As :func:`credit_domain.ops.interpolation.interpolation`.
             ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
-            Those of :func:`credit_domain.functional.interpolate` and of the children.
+            Those of :func:`credit_domain.ops.interpolation.interpolation` and of the children.
         """
         m: Any = self.wrapped
         x = m.cube_embedding(x)

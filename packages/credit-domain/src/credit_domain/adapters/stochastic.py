@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from credit_domain.adapters.registry import register
 from credit_domain.domain import domain_of
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.engine.layer import DomainParallelLayer
 
 
 class DomainParallelDropPath(DomainParallelLayer):

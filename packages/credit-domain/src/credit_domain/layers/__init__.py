@@ -1,7 +1,7 @@
 """Layers on sharded rows: each wraps torch's module of the same name, and gives the numbers of one rank."""
 
-from credit_domain.layers.base import DomainParallelLayer
-from credit_domain.layers.conv import (
+from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.ops.conv.conv_layers import (
     DomainParallelConv1d,
     DomainParallelConv2d,
     DomainParallelConv3d,
@@ -10,7 +10,7 @@ from credit_domain.layers.conv import (
     DomainParallelConvTranspose3d,
     DomainParallelPeriodicConv2d,
 )
-from credit_domain.layers.dropout import (
+from credit_domain.ops.dropout.dropout_layers import (
     DomainParallelAlphaDropout,
     DomainParallelDropout,
     DomainParallelDropout1d,
@@ -18,8 +18,8 @@ from credit_domain.layers.dropout import (
     DomainParallelDropout3d,
     DomainParallelFeatureAlphaDropout,
 )
-from credit_domain.layers.interpolate import DomainParallelInterpolate, DomainParallelUpsample
-from credit_domain.layers.norm import (
+from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate, DomainParallelUpsample
+from credit_domain.ops.norms.norm_layers import (
     DomainParallelBatchNorm1d,
     DomainParallelBatchNorm2d,
     DomainParallelBatchNorm3d,
@@ -30,9 +30,9 @@ from credit_domain.layers.norm import (
     DomainParallelLayerNorm,
     DomainParallelRMSNorm,
 )
-from credit_domain.layers.pad import DomainParallelCrossEmbedBranch, DomainParallelPad
-from credit_domain.layers.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
-from credit_domain.layers.pool import (
+from credit_domain.ops.padding.padding_layers import DomainParallelCrossEmbedBranch, DomainParallelPad
+from credit_domain.ops.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
+from credit_domain.ops.pooling.pooling_layers import (
     DomainParallelAdaptiveAvgPool1d,
     DomainParallelAdaptiveAvgPool2d,
     DomainParallelAdaptiveAvgPool3d,
