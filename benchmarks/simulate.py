@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from credit_domain import plan_domain_parallel
 from credit_domain.planning import DomainPlan
-from credit_parallel.examples.unet import UNet
+from credit_parallel.app.examples.unet import UNet
 
 
 @dataclass(frozen=True)

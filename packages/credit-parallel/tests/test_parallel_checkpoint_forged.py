@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from credit_halo.testing import run_threads
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training.experiment import check
+from credit_parallel.app.training.loop import train
 from credit_parallel.checkpoint import (
     CheckpointError,
     NewerFormatError,
@@ -25,9 +28,6 @@ from credit_parallel.checkpoint import (
     save_checkpoint,
 )
 from credit_parallel.checkpoint.values import DEEPEST
-from credit_parallel.config import RunConfig
-from credit_parallel.training.experiment import check
-from credit_parallel.training.loop import train
 
 EXTRA = {"best": 0.5, "when": ("a", [None, True, {1: 2.5}]), "tensor": torch.arange(3), "worst": float("inf")}
 

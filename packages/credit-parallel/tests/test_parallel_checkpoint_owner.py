@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from credit_halo.testing import run_processes, run_threads
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training.experiment import check
+from credit_parallel.app.training.loop import CHECKPOINTS, train
 from credit_parallel.checkpoint import latest, load_checkpoint, owner, release, save_checkpoint
-from credit_parallel.config import RunConfig
-from credit_parallel.training.experiment import check
-from credit_parallel.training.loop import CHECKPOINTS, train
 
 spawn = multiprocessing.get_context("spawn")
 

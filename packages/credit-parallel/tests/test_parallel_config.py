@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from credit_mesh import ParallelismConfig
-from credit_parallel.config import RunConfig
+from credit_parallel.app.config import RunConfig
 
 WHOLE = """
 folder: runs/a

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from credit_parallel.cli import demo
-from credit_parallel.config import RunConfig
-from credit_parallel.training import check
+from credit_parallel.app.cli import demo
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training import check
 
 
 def losses_of(folder, losses):

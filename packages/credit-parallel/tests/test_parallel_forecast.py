@@ -20,17 +20,17 @@ from torch import Tensor
 
 from credit_halo.testing import RankError, run_processes, run_threads
 from credit_mesh import Coords, RankLayout, RowPartition, initialize_domain_parallel
+from credit_parallel.app.cli.forecast import add_parser
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.data.samples import Samples
+from credit_parallel.app.data.source import Channel, Grid
+from credit_parallel.app.data.statistics import Statistics
+from credit_parallel.app.forecast import ForecastWriter, open_writer, run_forecast
+from credit_parallel.app.forecast.contents import contents_of
+from credit_parallel.app.forecast.stores import ZarrStore, chunks, store_of
+from credit_parallel.app.training.experiment import Experiment, check, prepare
+from credit_parallel.app.training.loop import train
 from credit_parallel.checkpoint import save_checkpoint
-from credit_parallel.cli.forecast import add_parser
-from credit_parallel.config import RunConfig
-from credit_parallel.data.samples import Samples
-from credit_parallel.data.source import Channel, Grid
-from credit_parallel.data.statistics import Statistics
-from credit_parallel.forecast import ForecastWriter, open_writer, run_forecast
-from credit_parallel.forecast.contents import contents_of
-from credit_parallel.forecast.stores import ZarrStore, chunks, store_of
-from credit_parallel.training.experiment import Experiment, check, prepare
-from credit_parallel.training.loop import train
 
 xr = pytest.importorskip("xarray")
 pytest.importorskip("netCDF4")

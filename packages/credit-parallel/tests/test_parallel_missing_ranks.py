@@ -17,10 +17,10 @@ from torch import nn
 from credit_halo import ExchangeError, set_timeouts
 from credit_halo.testing import RankError, run_processes
 from credit_parallel import parallelize
-from credit_parallel.config import RunConfig
-from credit_parallel.data.statistics import compute_statistics
-from credit_parallel.forecast import open_writer, run_forecast
-from credit_parallel.training.experiment import Experiment, check, prepare, statistics_of
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.data.statistics import compute_statistics
+from credit_parallel.app.forecast import open_writer, run_forecast
+from credit_parallel.app.training.experiment import Experiment, check, prepare, statistics_of
 
 TIMEOUT = 3.0
 

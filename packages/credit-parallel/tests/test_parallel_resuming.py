@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from credit_halo.testing import run_threads
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training import check, train
+from credit_parallel.app.training.log import FILE, read_metrics
+from credit_parallel.app.training.resuming import changes
 from credit_parallel.checkpoint import export_plain, load_checkpoint, load_plain, save_checkpoint
-from credit_parallel.config import RunConfig
-from credit_parallel.training import check, train
-from credit_parallel.training.log import FILE, read_metrics
-from credit_parallel.training.resuming import changes
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_new_values_hold_from_the_step_on(tmp_path, caplog):
 
 def load_state(folder):
     checked = check(RunConfig.from_dict(conf_of(folder, steps=5)), 1)
-    from credit_parallel.training.schedule import make_optimizer
+    from credit_parallel.app.training.schedule import make_optimizer
 
     optimizer = make_optimizer(checked.model, checked.config.trainer)
     load_checkpoint(folder / "checkpoints", checked.model, optimizer)

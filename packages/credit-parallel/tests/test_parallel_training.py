@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from credit_halo.testing import run_processes
-from credit_parallel.config import RunConfig, TrainerConfig
-from credit_parallel.training import Reporter, check, train
-from credit_parallel.training.log import FILE, MetricsLog, read_metrics
-from credit_parallel.training.schedule import make_optimizer, make_scheduler
+from credit_parallel.app.config import RunConfig, TrainerConfig
+from credit_parallel.app.training import Reporter, check, train
+from credit_parallel.app.training.log import FILE, MetricsLog, read_metrics
+from credit_parallel.app.training.schedule import make_optimizer, make_scheduler
 
 DATA = Path(os.environ.get("CREDIT_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
-from credit_parallel.config import RunConfig
-from credit_parallel.training import check, prepare, rollout, train
-from credit_parallel.training.experiment import statistics_of
-from credit_parallel.training.log import FILE, read_metrics
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training import check, prepare, rollout, train
+from credit_parallel.app.training.experiment import statistics_of
+from credit_parallel.app.training.log import FILE, read_metrics
 
 
 def test_a_rollout_goes_on_from_its_own_output():

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from credit_halo.testing import RankError, run_processes
-from credit_parallel.config import RunConfig
-from credit_parallel.training import check
-from credit_parallel.training.experiment import prepare
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training import check
+from credit_parallel.app.training.experiment import prepare
 
 
 class PoolByHand(nn.Module):
