@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.engine.layer import DomainParallelLayer, Fate
+from credit_domain.ops.conv.conv_layers import needs_halo
 from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate
-from credit_domain.rules import Fate, decide, needs_halo
+from credit_domain.rules import decide
 from credit_domain.saved_names import rename_loaded
 from credit_domain.stride import granularity_of, window_sizes_of
 from credit_mesh import DomainParallelManager

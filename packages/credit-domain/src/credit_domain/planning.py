@@ -221,11 +221,15 @@ def traffic(footprint: Footprint) -> tuple[int, int, list[int], list[int]]:
     for rank, ((start, stop), need) in enumerate(zip(pairwise(source.offsets), footprint.needs, strict=True)):
         if not need:
             continue
-        if stop > start:
-            before, after = max(before, start - need.start), max(after, need.stop - stop)
         wanted: dict[int, set[int]] = {}
-        missing = [range(need.start, min(need.stop, start)), range(max(need.start, stop), need.stop)]
-        for part in missing if stop > start else [need]:
+        if isinstance(need, tuple):
+            missing = [range(row, row + 1) for row in set(need) if not start <= row < stop]
+        elif stop > start:
+            before, after = max(before, start - need.start), max(after, need.stop - stop)
+            missing = [range(need.start, min(need.stop, start)), range(max(need.start, stop), need.stop)]
+        else:
+            missing = [need]
+        for part in missing:
             for span in footprint.edge.spans(part, source.rows):
                 if span.row is None:
                     continue

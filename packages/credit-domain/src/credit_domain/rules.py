@@ -17,6 +17,7 @@ import credit_domain.layers  # noqa: F401 - its layers are in the table
 from credit_domain.blocks.base import POINTWISE
 from credit_domain.engine.layer import LAYERS, Decision
 
+
 def decide(module: nn.Module, shard_dim: int) -> Decision:
     """What becomes of a module whose input is sharded along ``shard_dim`` (negative).
 

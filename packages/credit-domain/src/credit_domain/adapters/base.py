@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from credit_domain.blocks.base import Block
 from credit_domain.casts import cast_module
 from credit_domain.domain import constant, domain_of, sizes_of
-from credit_domain.engine.footprint import resampled_partition
 from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.ops.interpolation.interpolation import resampled_partition
 from credit_mesh import RowPartition
 
 _ALONE = SimpleNamespace(domain_parallel_size=1)
@@ -156,7 +156,7 @@ def landing(layer: DomainParallelLayer, source: RowPartition, rows: int) -> RowP
     """Who is to own so many rows that come of ``source``.
 
     They are divided as the model's input where it has as many rows, or as what a stride leaves of it, so that they meet
-    what skipped the levels in between; otherwise as :func:`credit_domain.ops.interpolation.interpolation` says.
+    what skipped the levels in between; otherwise as :func:`credit_domain.functional.interpolate` says.
     """
     return RowPartition(_landing(source.sizes, domain_of(layer.manager).declared, rows), allow_empty=True)
 

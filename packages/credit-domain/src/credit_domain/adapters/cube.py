@@ -147,7 +147,7 @@ class DomainParallelPatchMerging(_Grid):
             ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
-            Those of :func:`credit_domain.ops.padding.padding` and :func:`credit_domain.functional.pixel_unshuffle`.
+            Those of :func:`credit_domain.functional.pad` and :func:`credit_domain.functional.pixel_unshuffle`.
         """
         m: Any = self.wrapped
         sides, order = self.form.split(" ", 1)
@@ -161,7 +161,7 @@ class DomainParallelPatchMerging(_Grid):
             settings: dict[str, Any] = {"dim": self.shard_dim, "manager": self.manager, "label": self.label}
             x = pad(x, pads, partition=held, **settings)
         channels = x.shape[-3]
-        x = unshuffle(x, 2, self.shard_dim, None, self.manager, self.label, self._layer)
+        x = unshuffle(x, 2, self.call)
         x = torch.unflatten(x, -3, (channels, 2, 2))
         x = x.movedim(-5, -3) if order == "rows first" else x.transpose(-4, -3).movedim(-5, -3)
         x = x.flatten(-5, -3).movedim(-3, -1)
@@ -262,11 +262,11 @@ class DomainParallelResizingModel(_Grid):
         """Run the model on this rank's rows of (B, C, T, H, W); returns (B, C, H, W).
 
         Raises:
-            ValueError: As :func:`credit_domain.ops.interpolation.interpolation`.
+            ValueError: As :func:`credit_domain.functional.interpolate`.
             ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
-            Those of :func:`credit_domain.ops.interpolation.interpolation` and of the children.
+            Those of :func:`credit_domain.functional.interpolate` and of the children.
         """
         m: Any = self.wrapped
         x = m.cube_embedding(x)
@@ -274,7 +274,7 @@ class DomainParallelResizingModel(_Grid):
         x = torch.unflatten(m.fc(x.movedim(1, -1)), -1, (*m.patch_size[1:], -1))  # (B, h, w, rows, columns, C)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         how = (tuple(m.img_size[-2:]), None, "bilinear", None, None, False, None)
-        return resample(x, *how, self.shard_dim, None, self.manager, self.label, self._layer)
+        return resample(x, *how, self.call)
 
 
 class _Patches(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from credit_domain.adapters.base import Adapter, is_candidate, partition_at, prove
 from credit_domain.blocks.attention import attention, linear_attention
 from credit_domain.domain import domain_of, normal_dim
+from credit_domain.ops.conv.conv_layers import DomainParallelPeriodicConv2d, padding_of
 from credit_domain.ops.interpolation.interpolation import resample
 from credit_domain.ops.padding.padding import pad
 from credit_domain.ops.rearranging import crop
-from credit_domain.ops.conv.conv_layers import DomainParallelPeriodicConv2d, padding_of
 from credit_domain.trace import trace
 from credit_mesh import DomainParallelManager
 
@@ -182,17 +182,16 @@ class DomainParallelDecoderBlock(Adapter):
         """Decode this rank's rows of (B, C, H, W); returns (B, C, 2 H, 2 W).
 
         Raises:
-            ValueError: As :func:`credit_domain.ops.interpolation.interpolation`.
+            ValueError: As :func:`credit_domain.functional.interpolate`.
             ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
-            Those of :func:`credit_domain.ops.interpolation.interpolation` and of the layers within.
+            Those of :func:`credit_domain.functional.interpolate` and of the layers within.
         """
         m: Any = self.wrapped
         target = None if skip is None else partition_at(self, skip, self.shard_dim, "skip")
         mode = getattr(m, "interpolation_mode", "nearest")
-        how = (None, 2.0, mode, None, None, False, target, self.shard_dim, None, self.manager, self.label, self._layer)
-        x = resample(x, *how)
+        x = resample(x, None, 2.0, mode, None, None, False, target, self.call)
         if skip is not None:
             x = torch.cat([x, skip], 1)
             x = m.attention1(x) if hasattr(m, "attention1") else x
@@ -261,11 +260,11 @@ class DomainParallelPadded(Adapter):
 
         Raises:
             ValueError: On all ranks alike, if a rank's rows are no multiple after padding; and as
-                :func:`credit_domain.ops.padding.padding`.
+                :func:`credit_domain.functional.pad`.
             ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
-            Those of :func:`credit_domain.ops.padding.padding`, of the layers within, and of
+            Those of :func:`credit_domain.functional.pad`, of the layers within, and of
             :func:`credit_domain.functional.crop`.
         """
         dim = normal_dim(self.shard_dim, x.ndim, 2, self.label)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from credit_halo import EdgeRule
-from credit_halo.plan import Need
 from credit_mesh import RowPartition
 
 
@@ -21,14 +20,14 @@ class Footprint:
     Attributes:
         source: Partition of the input rows.
         target: Partition of the output rows.
-        needs: Global input rows that each rank reads, in order: ranges, which may reach beyond the edges, where ``edge``
-            fills them, or tuples.
+        needs: Global input rows that each rank reads, in order: a range, which may reach beyond the edges, where
+            ``edge`` fills it, or a tuple.
         edge: What lies beyond the edges.
     """
 
     source: RowPartition
     target: RowPartition
-    needs: tuple[Need, ...]
+    needs: tuple[range | tuple[int, ...], ...]
     edge: EdgeRule
 
     @property

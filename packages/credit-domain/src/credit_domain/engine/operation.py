@@ -15,6 +15,7 @@ from torch import Tensor
 
 from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_domain.engine.footprint import Footprint
+from credit_halo import EdgeRule
 from credit_halo.recompute import marked
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -44,7 +45,7 @@ def ratio_of(op: RowOp | None) -> tuple[int, int]:
 
 
 _Op = TypeVar("_Op")
-ROW_OPS: dict[str, Callable[..., RowOp]] = {}
+ROW_OPS: dict[str, Any] = {}
 """The operations by name: compiled code carries a name and numbers, not an object."""
 
 
@@ -54,11 +55,21 @@ def row_op(kind: type[_Op]) -> type[_Op]:
     Raises:
         ValueError: If another class has that name.
     """
-    known = ROW_OPS.setdefault(kind.__name__, kind)  # type: ignore[arg-type]
-    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):  # type: ignore[attr-defined]
+    make: Any = kind
+    known = ROW_OPS.get(kind.__name__, make)
+    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(f"two operations are called {kind.__name__}: one is of {known.__module__}")
-    ROW_OPS[kind.__name__] = kind  # type: ignore[assignment]
+    ROW_OPS[kind.__name__] = make
     return kind
+
+
+@row_op
+class RowOfEach(NamedTuple):
+    """Every rank gets the one row that each rank has, if it has any."""
+
+    def footprint(self, source: RowPartition) -> Footprint:
+        """Every rank reads all rows."""
+        return Footprint(source, source, (range(source.rows),) * source.ranks, EdgeRule())
 
 
 class Call(NamedTuple):
@@ -139,7 +150,8 @@ def footprint_for(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...]) -
     Raises:
         ValueError: If it cannot work on these rows.
     """
-    return ROW_OPS[kind](*numbers).footprint(RowPartition(sizes, allow_empty=True))
+    op: RowOp = ROW_OPS[kind](*numbers)
+    return op.footprint(RowPartition(sizes, allow_empty=True))
 
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])

@@ -3,15 +3,6 @@
 They take and return this rank's rows. The sharded dim is ``dim``; ``partition`` says who holds which rows of the input.
 """
 
-from credit_domain.ops.pooling.adaptive_pooling import (
-    adaptive_avg_pool1d,
-    adaptive_avg_pool2d,
-    adaptive_avg_pool3d,
-    adaptive_max_pool1d,
-    adaptive_max_pool2d,
-    adaptive_max_pool3d,
-)
-from credit_domain.ops.padding.boundary import pad_boundary, unpad_boundary
 from credit_domain.ops.conv.convolution import conv1d, conv2d, conv3d
 from credit_domain.ops.conv.transposed import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from credit_domain.ops.dropout.dropping import (
@@ -24,8 +15,17 @@ from credit_domain.ops.dropout.dropping import (
 )
 from credit_domain.ops.interpolation.interpolation import interpolate
 from credit_domain.ops.norms.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from credit_domain.ops.padding.boundary import pad_boundary, unpad_boundary
 from credit_domain.ops.padding.padding import pad
 from credit_domain.ops.pixel import pixel_shuffle, pixel_unshuffle
+from credit_domain.ops.pooling.adaptive_pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
+)
 from credit_domain.ops.pooling.pooling import (
     avg_pool1d,
     avg_pool2d,
@@ -37,8 +37,8 @@ from credit_domain.ops.pooling.pooling import (
     max_pool2d,
     max_pool3d,
 )
-from credit_domain.ops.reductions import amax, amin, logsumexp, mean, softmax, std, sum, var, var_mean
 from credit_domain.ops.rearranging import crop, flip, partition_of, regroup, regroup_back, repartition, roll
+from credit_domain.ops.reductions import amax, amin, logsumexp, mean, softmax, std, sum, var, var_mean
 
 __all__ = [
     "adaptive_avg_pool1d",

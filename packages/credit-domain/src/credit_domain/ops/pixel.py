@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from credit_domain.domain import domain_of, follow, has_strides, normal_dim, sizes_of
 from credit_domain.engine.footprint import Footprint, footprint_from, windows
 from credit_domain.engine.layer import DomainParallelLayer, Seen, known_layer
-from credit_domain.engine.operation import Call, RowOp, row_op, run, with_rows
+from credit_domain.engine.operation import Call, RowOp, place, row_op, with_rows
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -125,11 +125,10 @@ def pixel_unshuffle(
 
 def unshuffle(x: Tensor, factor: int, call: Call) -> Tensor:
     """:func:`pixel_unshuffle`, also for layers."""
-
-    def whole(x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, factor)
-
-    return run(PixelUnshuffle(factor), x, call, 2, whole, lambda rows, _: whole(rows), factor)
+    dim, domain = normal_dim(call.dim, x.ndim, 2, call.label), domain_of(call.manager)
+    if domain.size > 1:
+        x = place(PixelUnshuffle(factor), x, call, dim, domain).bring(x)
+    return with_rows(x, dim, factor, lambda x: F.pixel_unshuffle(x, factor))
 
 
 @known_layer

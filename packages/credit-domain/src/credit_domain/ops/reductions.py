@@ -18,18 +18,14 @@ from torch import Tensor
 from credit_domain.domain import (
     ALONE,
     Domain,
-    Step,
     bring,
-    constant,
     domain_of,
     normal_dim,
     sizes_of,
-    step_of,
     sum_over,
 )
-from credit_domain.engine.footprint import Footprint
+from credit_domain.engine.operation import RowOfEach, step_for
 from credit_domain.ops.rearranging import Ints, distinct_dims
-from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -384,13 +380,8 @@ def _entries_in_row(x: Tensor, along: tuple[int, ...], dim: int) -> int:
 
 def _gathered(x: Tensor, domain: Domain, label: str) -> Tensor:
     """The tensors of all ranks, of the same shape, stacked along a new first dim."""
-    return bring(x.unsqueeze(0), 0, _gather_step(domain.size, domain.rank), domain, label)
-
-
-@constant
-def _gather_step(size: int, rank: int) -> Step:
-    each = RowPartition((1,) * size)
-    return step_of(Footprint(each, each, (range(size),) * size, EdgeRule()), rank)
+    step = step_for(RowOfEach(), (1,) * domain.size, domain.rank, label)
+    return bring(x.unsqueeze(0), 0, step, domain, label)
 
 
 def _moments(

@@ -127,7 +127,7 @@ class DomainParallelConv2d(_Conv):
 
 @known_layer
 class DomainParallelConv3d(_Conv):
-    """:class:`torch.nn.Conv3d` on a sharded tensor (B, C, T, H, W) or (C, T, H, W); see :class:`DomainParallelConv2d`."""
+    """:class:`torch.nn.Conv3d` on a sharded tensor (B, C, T, H, W) or (C, T, H, W), as Conv2d."""
 
     wraps = (nn.Conv3d,)
     spatial = 3
@@ -149,8 +149,8 @@ class _ConvTranspose(_Convolution):
         """See the base class; ``output_size`` shows in the rows that came out."""
         m: Any = module
         values = (m.kernel_size, m.stride, m.padding, m.output_padding, m.dilation)
-        along = (per_dim(value, cls.spatial)[dim] for value in values)
-        return TransposedConvolution(*along, -1 if seen is None else seen.output[dim])
+        kernel, stride, padding, more, dilation = (per_dim(value, cls.spatial)[dim] for value in values)
+        return TransposedConvolution(kernel, stride, padding, more, dilation, -1 if seen is None else seen.output[dim])
 
     def _halo(self) -> tuple[int, int]:
         # Output row i reads the rows from (i + padding - reach) / stride to (i + padding) / stride; it is at i//stride.
@@ -331,8 +331,6 @@ def needs_halo(conv: nn.Module, shard_dim: int = -2) -> bool:
         return False  # the channels, or the batch: no spatial dim of this layer is sharded
     op = record_of(conv, shard_dim)
     if isinstance(op, TransposedConvolution):
-        return bool(
-            op.kernel != op.stride or op.padding or op.output_padding or (op.dilation > 1 and op.kernel > 1)
-        )
+        return bool(op.kernel != op.stride or op.padding or op.output_padding or (op.dilation > 1 and op.kernel > 1))
     assert isinstance(op, Convolution)
     return op.kernel > 1 or op.stride > 1 or bool(op.before or op.after)

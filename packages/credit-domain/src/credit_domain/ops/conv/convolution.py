@@ -87,9 +87,7 @@ class Geometry(NamedTuple):
 
     def along(self, at: int) -> Convolution:
         """What it does along one dim."""
-        return Convolution(
-            self.kernel[at], self.stride[at], *self.padding[at], self.dilation[at], self.modes[at]
-        )
+        return Convolution(self.kernel[at], self.stride[at], *self.padding[at], self.dilation[at], self.modes[at])
 
 
 def geometry_of(

@@ -121,7 +121,7 @@ def convolve(
     group = domain.process_group
     assert group is not None
     shared = None
-    if read is not None and layer is not None:
+    if read is not None and isinstance(layer, int):
         gradient = x.requires_grad and torch.is_grad_enabled()
         reader = Reader(layer, borders.source, borders.edge, dim, x.dtype, gradient)
         shared = share(read, reader, borders, group, domain.rank)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from credit_domain.engine.layer import DomainParallelLayer, known_layer
 from credit_domain.ops.dropout.dropping import (
     alpha_dropout,
     dropout,
@@ -14,7 +15,6 @@ from credit_domain.ops.dropout.dropping import (
     dropout3d,
     feature_alpha_dropout,
 )
-from credit_domain.engine.layer import DomainParallelLayer, known_layer
 from credit_mesh import DomainParallelManager
 
 

@@ -21,7 +21,7 @@ from credit_domain.domain import constant, domain_of, new_layer, normal_dim
 from credit_domain.engine.footprint import Footprint, footprint_from
 from credit_domain.engine.layer import DomainParallelLayer, Seen, known_layer
 from credit_domain.engine.operation import Call, place, row_op
-from credit_domain.ops.interpolation.taps import HALF, PICKS, Along, Map, map_of
+from credit_domain.ops.interpolation.taps import HALF, PICKS, Along, map_of
 from credit_domain.ops.interpolation.weighing import part_of, weigh
 from credit_halo import EdgeRule, HaloExchange
 from credit_mesh import DomainParallelManager, RowPartition
@@ -68,7 +68,7 @@ class Resampling(NamedTuple):
         Raises:
             ValueError: If torch refuses to resample the whole so, or ``target`` does not fit.
         """
-        own = maps_of(self, source.rows)[self.dim][1]
+        own = map_of(dims_of(self, source.rows)[self.dim])
         if self.target is not None:
             out = RowPartition(self.target, allow_empty=True)
             if out.rows != own.rows or out.ranks != source.ranks:
@@ -83,36 +83,35 @@ class Resampling(NamedTuple):
         return footprint_from(source, out, need, EdgeRule())
 
 
-@lru_cache(maxsize=1024)
-def maps_of(op: Resampling, rows: int) -> tuple[tuple[Along, Map], ...]:
-    """What torch does along each dim of a tensor with so many rows.
+@lru_cache(maxsize=4096)
+def dims_of(op: Resampling, rows: int) -> tuple[Along, ...]:
+    """The resampling along each dim of a tensor with so many rows.
 
     Raises:
         ValueError: If torch refuses to resample it.
     """
-    nd, (size, scale, *how) = len(op.spatial), op.asked
+    nd, (size, scale, mode, corners, recompute, antialias) = len(op.spatial), op.asked
     whole = tuple(rows if at == nd + op.dim else n for at, n in enumerate(op.spatial))
     scale = numbers(scale, float.fromhex)
-    if how[0] not in PICKS and not op.dtype.is_floating_point:
-        raise ValueError(f"mode {how[0]!r} averages rows, which {op.dtype} cannot hold; convert to floats first")
+    how = (mode, corners, recompute, antialias)
+    if mode not in PICKS and not op.dtype.is_floating_point:
+        raise ValueError(f"mode {mode!r} averages rows, which {op.dtype} cannot hold; convert to floats first")
     try:  # what torch refuses of the whole
         out_shape = F.interpolate(torch.empty(1, 1, *whole, dtype=op.dtype, device="meta"), size, scale, *how).shape[2:]
         if 0 in out_shape:
             raise ValueError("nothing would be left")
-        stays = [before == after for before, after in zip(whole, out_shape, strict=True)]
-        along = [
-            Along(nd, at, n, _at(size, at), _at(scale, at), *how, op.dtype, op.device, stays[at] and not all(stays))
-            for at, n in enumerate(whole)
-        ]
-        maps = tuple((each, map_of(each)) for each in along)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"torch refuses to resample a tensor of shape (B, C, *{whole}): {error}") from error
-    if how[3] and maps[-1][1].rows == 1:
+    if antialias and out_shape[-1] == 1:
         raise ValueError(
             "antialias=True to a single column is refused, since torch's own result depends on the layout in memory "
             "and is wrong in the usual one; take the mean of the columns, or mode='area'"
         )
-    return maps
+    stays = [before == after for before, after in zip(whole, out_shape, strict=True)]
+    return tuple(
+        Along(nd, at, n, _at(size, at), _at(scale, at), *how, op.dtype, op.device, stays[at] and not all(stays))
+        for at, n in enumerate(whole)
+    )
 
 
 def _at(value: Any, at: int) -> Any:
@@ -265,7 +264,7 @@ def _order(op: tuple[Any, ...], rows: int, part: tuple[int, int, int, int]) -> t
 @lru_cache(maxsize=4096)
 def _cached_order(op: tuple[Any, ...], rows: int, part: tuple[int, int, int, int]) -> tuple[tuple[int, str], ...]:
     record = Resampling(*op)
-    nd, maps = len(record.spatial), maps_of(record, rows)
+    nd, maps = len(record.spatial), [(along, map_of(along)) for along in dims_of(record, rows)]
     own = nd + record.dim
     keys = [
         "" if each.same else part_of(along, part if at == own else (0, along.rows, 0, each.rows))
@@ -281,7 +280,7 @@ def _cached_order(op: tuple[Any, ...], rows: int, part: tuple[int, int, int, int
 class DomainParallelUpsample(DomainParallelLayer):
     """:class:`torch.nn.Upsample`, in each of its modes, on a sharded tensor (B, C, L), (B, C, H, W) or (B, C, T, H, W).
 
-    ``size`` is that of the whole. Who owns the output rows is said in :func:`credit_domain.ops.interpolation.interpolation`.
+    ``size`` is that of the whole. Who owns the output rows is said in :func:`credit_domain.functional.interpolate`.
 
     See :mod:`credit_domain.layers`.
     """
@@ -306,7 +305,7 @@ class DomainParallelUpsample(DomainParallelLayer):
         return Resampling(tuple(spatial), dim, asked, declared=declared)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Resample the whole of which ``x`` is this rank's part: :func:`credit_domain.ops.interpolation.interpolation`."""
+        """Resample the whole of which ``x`` is this rank's part: :func:`credit_domain.functional.interpolate`."""
         m = self.wrapped
         how = (m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor, False)
         return resample(x, *how, None, self.call)
@@ -315,7 +314,7 @@ class DomainParallelUpsample(DomainParallelLayer):
 class DomainParallelInterpolate(nn.Module):
     """:func:`torch.nn.functional.interpolate` of a sharded tensor, as a layer.
 
-    Who owns the output rows is said in :func:`credit_domain.ops.interpolation.interpolation`.
+    Who owns the output rows is said in :func:`credit_domain.functional.interpolate`.
 
     Args:
         size: Size of the whole output, (H, W): the global number of rows. None where ``scale_factor`` is given.

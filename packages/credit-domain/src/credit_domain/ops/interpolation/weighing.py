@@ -76,6 +76,7 @@ def _passes(out: Tensor, row: Tensor, weight: Tensor | None, rows_out: int, devi
 
 @torch.library.custom_op("credit_domain::weigh_rows", mutates_args=())
 def weigh(x: Tensor, dim: int, key: str, adjoint: bool) -> Tensor:
+    """Rows summed as the part of a map says, or gradients as its adjoint does."""
     part = _parts[key]
     rows, passes = part.rows[adjoint], part.passes[adjoint]
     last = memory_format(x) != torch.contiguous_format

@@ -248,8 +248,8 @@ class DomainParallelLayerNorm(_NormOver):
         Collectives:
             One all-gather of the statistics forward, one sum backward; none where rows are not normalised over.
         """
-        m, rows = self.wrapped, (self.shard_dim, None, self.manager, self.label)
-        return layer_norm_of(x, m.normalized_shape, m.weight, m.bias, m.eps, *rows, layer=self._layer)
+        m = self.wrapped
+        return layer_norm_of(x, m.normalized_shape, m.weight, m.bias, m.eps, self.call)
 
 
 @known_layer
@@ -268,5 +268,5 @@ class DomainParallelRMSNorm(_NormOver):
         Collectives:
             Those of :meth:`DomainParallelLayerNorm.forward`.
         """
-        m, rows = self.wrapped, (self.shard_dim, None, self.manager, self.label)
-        return rms_norm_of(x, m.normalized_shape, m.weight, m.eps, *rows, layer=self._layer)
+        m = self.wrapped
+        return rms_norm_of(x, m.normalized_shape, m.weight, m.eps, self.call)

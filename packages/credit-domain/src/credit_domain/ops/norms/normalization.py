@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from credit_domain.domain import Domain, domain_of, normal_dim, sizes_of
+from credit_domain.engine.operation import Call
 from credit_domain.ops.norms.moments import Normalization, normalize
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -216,7 +217,7 @@ def layer_norm(
     Collectives:
         One all-gather of the statistics forward, one sum backward.
     """
-    return layer_norm_of(x, normalized_shape, weight, bias, eps, dim, partition, manager, label)
+    return layer_norm_of(x, normalized_shape, weight, bias, eps, Call(dim, partition, manager, label))
 
 
 def layer_norm_of(
@@ -225,20 +226,15 @@ def layer_norm_of(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    dim: int,
-    partition: RowPartition | None,
-    manager: DomainParallelManager | None,
-    label: str,
-    layer: Hashable = None,
+    call: Call,
 ) -> Tensor:
-    """:func:`layer_norm` of a layer, with the number that it remembers its partition by."""
-    domain = domain_of(manager)
-    shape = tuple(normalized_shape)
-    dim = normal_dim(dim, x.ndim, x.ndim, label)
+    """:func:`layer_norm`, also for layers."""
+    domain, shape = domain_of(call.manager), tuple(normalized_shape)
+    dim = normal_dim(call.dim, x.ndim, x.ndim, call.label)
     if domain.size == 1 or dim < -len(shape):
         return F.layer_norm(x, shape, weight, bias, eps)
-    weight, bias = _rows_of(x, shape, (weight, bias), dim, partition, domain, label, layer)
-    how = Normalization(tuple(range(-len(shape), 0)), eps, domain.group, label)
+    weight, bias = _rows_of(x, shape, (weight, bias), dim, domain, call)
+    how = Normalization(tuple(range(-len(shape), 0)), eps, domain.group, call.label)
     out, _ = normalize(_as_autocast(x), weight, bias, how)
     return out
 
@@ -265,30 +261,21 @@ def rms_norm(
     Collectives:
         Those of :func:`layer_norm`.
     """
-    return rms_norm_of(x, normalized_shape, weight, eps, dim, partition, manager, label)
+    return rms_norm_of(x, normalized_shape, weight, eps, Call(dim, partition, manager, label))
 
 
 def rms_norm_of(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    eps: float | None,
-    dim: int,
-    partition: RowPartition | None,
-    manager: DomainParallelManager | None,
-    label: str,
-    layer: Hashable = None,
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, call: Call
 ) -> Tensor:
-    """:func:`rms_norm` of a layer, with the number that it remembers its partition by."""
-    domain = domain_of(manager)
-    shape = tuple(normalized_shape)
-    dim = normal_dim(dim, x.ndim, x.ndim, label)
+    """:func:`rms_norm`, also for layers."""
+    domain, shape = domain_of(call.manager), tuple(normalized_shape)
+    dim = normal_dim(call.dim, x.ndim, x.ndim, call.label)
     if domain.size == 1 or dim < -len(shape):
         return F.rms_norm(x, list(shape), weight, eps)
-    (weight,) = _rows_of(x, shape, (weight,), dim, partition, domain, label, layer)
+    (weight,) = _rows_of(x, shape, (weight,), dim, domain, call)
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    how = Normalization(tuple(range(-len(shape), 0)), eps, domain.group, label, centered=False)
+    how = Normalization(tuple(range(-len(shape), 0)), eps, domain.group, call.label, centered=False)
     out, _ = normalize(_as_autocast(x), weight, None, how)
     return out
 
@@ -344,13 +331,12 @@ def _rows_of(
     shape: tuple[int, ...],
     parameters: Sequence[Tensor | None],
     dim: int,
-    partition: RowPartition | None,
     domain: Domain,
-    label: str,
-    layer: Hashable,
+    call: Call,
 ) -> list[Tensor | None]:
     """This rank's rows of parameters of the whole, made to have as many dims as ``x``."""
-    sizes = sizes_of(x, dim, domain, label, partition, layer)
+    label = call.label
+    sizes = sizes_of(x, dim, domain, label, call.partition, call.layer)
     seen = (*x.shape[x.ndim - len(shape) : x.ndim + dim], sum(sizes), *x.shape[x.ndim + dim + 1 :])
     if seen != shape:
         raise ValueError(

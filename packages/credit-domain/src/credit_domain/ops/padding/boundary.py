@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class PoleRows(NamedTuple):
         """See :func:`credit_domain.ops.rearranging.padded_to`."""
         signs = self.signs if len(self.signs) > 1 else self.signs[0]
         kind = "pole" if self.mode == "earth" else "reflect"
-        more = {"signs": signs, "lon_dim": self.lon_dim, "channel_dim": self.channel_dim}
+        more: dict[str, Any] = {"signs": signs, "lon_dim": self.lon_dim, "channel_dim": self.channel_dim}
         edge = EdgeRule(kind, pole_is_row=self.pole_is_row, **more)
         return padded_to(source, self.north, self.south, edge, self.target)
 
@@ -64,8 +65,8 @@ class Longitudes(NamedTuple):
     def footprint(self, source: RowPartition) -> Footprint:
         """See :func:`credit_domain.ops.rearranging.padded_to`."""
         plain = padded_to(source, self.west, self.east, EdgeRule("circular"), self.target)
-        needs = (range(need.start + self.turn, need.stop + self.turn) for need in plain.needs if isinstance(need, range))
-        return replace(plain, needs=tuple(needs))
+        first, offsets = self.turn - self.west, pairwise(plain.target.offsets)
+        return replace(plain, needs=tuple(range(start + first, stop + first) for start, stop in offsets))
 
 
 def pad_boundary(

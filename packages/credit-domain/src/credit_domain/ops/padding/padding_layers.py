@@ -25,7 +25,7 @@ _MODES: dict[str, tuple[type[nn.Module], ...]] = {
 class DomainParallelPad(DomainParallelLayer):
     """Any of torch's padding layers on a sharded tensor: zeros, a constant, reflection, replication or circular.
 
-    Who owns the output rows is said in :func:`credit_domain.ops.padding.padding`. See :mod:`credit_domain.layers`;
+    Who owns the output rows is said in :func:`credit_domain.functional.pad`. See :mod:`credit_domain.layers`;
     ``shard_dim`` may be a dim that the layer pads or not.
     """
 
@@ -47,10 +47,10 @@ class DomainParallelPad(DomainParallelLayer):
         rows = m.padding[-2 - 2 * dim :][:2]
         if not any(rows):
             return None
-        return Padding(*rows, _mode_of(module), None, dim, len(m.padding) // 2 + 2, len(m.padding))
+        return Padding(rows[0], rows[1], _mode_of(module), None, dim, len(m.padding) // 2 + 2, len(m.padding))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pad the whole of which ``x`` is this rank's part: :func:`credit_domain.ops.padding.padding`."""
+        """Pad the whole of which ``x`` is this rank's part: :func:`credit_domain.functional.pad`."""
         m, mode, dim = self.wrapped, _mode_of(self.wrapped), self.shard_dim
         value = m.value if mode == "constant" else None
         if dim >= 0:

@@ -11,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import bring, constant, domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.domain import Domain, bring, constant, domain_of, normal_dim, sizes_of, sum_over
 from credit_domain.engine.footprint import Footprint, footprint_from
-from credit_domain.engine.operation import Call, Placed, batched, per_dim, row_op, run, step_for, without_rows
+from credit_domain.engine.operation import (
+    Call,
+    Placed,
+    RowOfEach,
+    batched,
+    per_dim,
+    row_op,
+    run,
+    step_for,
+    without_rows,
+)
 from credit_domain.ops.pooling.pooling import HALF, check_floating, dtype_of, global_index
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
@@ -54,15 +64,6 @@ class AdaptiveWindows(NamedTuple):
             return range(first.start, last.stop)
 
         return footprint_from(source, target, need, EdgeRule())
-
-
-@row_op
-class RowOfEach(NamedTuple):
-    """Every rank gets the one row that each rank has, if it has any."""
-
-    def footprint(self, source: RowPartition) -> Footprint:
-        """Every rank reads all rows."""
-        return Footprint(source, source, (range(source.rows),) * source.ranks, EdgeRule())
 
 
 def adaptive_avg_pool1d(
@@ -268,7 +269,8 @@ def _maximum(
     return_indices: bool,
 ) -> tuple[Tensor, ...]:
     """The maxima of all ranks from those of each: the first among equals, and the last among NaNs, as in torch."""
-    step, first = step_for(RowOfEach(), tuple(min(1, size) for size in sizes), domain.rank, label), sum(sizes[: domain.rank])
+    step = step_for(RowOfEach(), tuple(min(1, size) for size in sizes), domain.rank, label)
+    first = sum(sizes[: domain.rank])
     out, index = own
     outs = bring(out, dim, step, domain, label)
     if return_indices or dim != -nd:

@@ -84,7 +84,8 @@ class MaxWindows(NamedTuple):
     def footprint(self, source: RowPartition) -> Footprint:
         """See :class:`Windows`."""
         whole = Windows(*self.windows).footprint(source, constant(self.lowest))
-        return replace(whole, needs=tuple(need[max(0, -need.start) :] for need in whole.needs))
+        ranges = (need for need in whole.needs if isinstance(need, range))
+        return replace(whole, needs=tuple(range(max(0, need.start), need.stop) for need in ranges))
 
 
 def max_pool1d(
@@ -395,7 +396,8 @@ def avg_pool(
         # Rows that do not count were summed as zeros, and counted.
         start = torch.arange(step.first, step.first + step.out, device=x.device) * strides[at] - pads[at]
         count = (start + kernel[at]).clamp(max=high) - start.clamp(min=low)
-        return (out * (kernel[at] / count.to(out.dtype)).reshape(-1, *[1] * (-1 - dim))).to(dtype)
+        scale: Tensor = (kernel[at] / count.to(out.dtype)).reshape(-1, *[1] * (-1 - dim))
+        return (out * scale).to(dtype)
 
     check_floating(x, call)
     batched(x, nd, call.label)

@@ -45,7 +45,8 @@ class _Window(_Pool):
         stride = m.kernel_size if m.stride is None else m.stride
         # Means have no dilation, and norms no padding either.
         values = (m.kernel_size, stride, getattr(m, "padding", 0), getattr(m, "dilation", 1))
-        return Windows(*(per_dim(value, cls.spatial)[dim] for value in values), m.ceil_mode)
+        kernel, stride, padding, dilation = (per_dim(value, cls.spatial)[dim] for value in values)
+        return Windows(kernel, stride, padding, dilation, m.ceil_mode)
 
     @property
     def halo_width(self) -> int:
