@@ -16,7 +16,7 @@ Ring collectives: P. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from credit_domain.planning import DomainPlan, PlannedLayer
 from credit_domain.stride import granularity_of
 from credit_domain.trace import LayerCall, meta_copy, trace
 from credit_mesh import RowPartition
-from credit_parallel.blocks import blocks_of
+from credit_parallel.blocks import Conf, blocks_of
 from credit_parallel.memory import StepCost, step_cost
 
 _LAT = -2
@@ -255,7 +255,7 @@ def plan_layouts(
     optimizer_states: int = 2,
     accumulate: int = 1,
     rollout: int = 1,
-    conf: Mapping[str, Any] | None = None,
+    conf: Conf = None,
 ) -> LayoutPlans:
     """List the layouts of a world that fit a model, its rows and a batch, what each costs, and which to take.
 
@@ -336,7 +336,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _tensor_costs(
-    model: nn.Module, shape: tuple[int, ...], step: _Step, conf: Mapping[str, Any] | None
+    model: nn.Module, shape: tuple[int, ...], step: _Step, conf: Conf
 ) -> tuple[dict[int, StepCost], list[Skipped]]:
     """What a sample costs at each tensor-parallel degree that the model's declarations allow."""
     costs = {1: step_cost(model, shape, amp=step.amp, conf=conf)}
@@ -356,7 +356,7 @@ def _listed(numbers: Sequence[int]) -> str:
 class _Domain:
     """The partitions of a model's rows and the exchanges that they take."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], step: _Step, conf: Mapping[str, Any] | None) -> None:
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], step: _Step, conf: Conf) -> None:
         self.shape, self.world = shape, step.world
         self.ghost = meta_copy(model)
         if step.amp:

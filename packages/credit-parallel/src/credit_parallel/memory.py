@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from credit_domain.casts import cast_module, real_dtype_of
 from credit_domain.trace import meta_copy
-from credit_parallel.blocks import blocks_of
+from credit_parallel.blocks import Conf, blocks_of
 from credit_parallel.tensor_parallel.checks import check_block, check_model
 from credit_parallel.tensor_parallel.declaration import BlockPlan, LayerPlan, declares, read_block
 
@@ -57,7 +57,7 @@ class StepCost:
 
 
 def step_cost(
-    model: nn.Module, shape: Sequence[int], *, tensor: int = 1, amp: bool = False, conf: Mapping[str, Any] | None = None
+    model: nn.Module, shape: Sequence[int], *, tensor: int = 1, amp: bool = False, conf: Conf = None
 ) -> StepCost:
     """Run a copy of a model on the meta device, and add up.
 

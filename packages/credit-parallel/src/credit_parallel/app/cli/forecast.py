@@ -244,8 +244,7 @@ def _forecast(
     from credit_parallel.app.training.experiment import prepare
 
     labels = [channel.label for channel in checked.source.channels]
-    statistics = Statistics.from_dict(saved.statistics, labels)
-    experiment = dataclasses.replace(prepare(checked, device), statistics=statistics)
+    experiment = prepare(checked, device, Statistics.from_dict(saved.statistics, labels))
     experiment.context.load(saved.folder)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     attributes = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from credit_domain.casts import cast_module
 from credit_parallel.app.config import ModelConfig, RunConfig
 from credit_parallel.app.models import build_model, parse_options
+from credit_parallel.blocks import Conf
 from credit_parallel.layouts import LayoutPlans, plan_layouts
 
 EPILOG = """\
@@ -100,7 +100,7 @@ def _of_config(args: argparse.Namespace) -> LayoutPlans:
         activation_checkpoint=args.activation_checkpoint or trainer.activation_checkpoint,
         accumulate=trainer.accumulate,
         rollout=trainer.rollout,
-        conf={"trainer": {"fsdp2_blocks": list(trainer.fsdp2_blocks)}},
+        conf=trainer,
         dtype=trainer.dtype,
     )
 
@@ -134,7 +134,7 @@ def _plans(
     periodic: bool,
     *,
     dtype: str = "float32",
-    conf: Mapping[str, Any] | None = None,
+    conf: Conf = None,
     **how: Any,
 ) -> LayoutPlans:
     import torch
