@@ -20,7 +20,7 @@ from torch import Tensor
 
 from credit_halo.testing import RankError, run_processes, run_threads
 from credit_mesh import Coords, RankLayout, RowPartition, initialize_domain_parallel
-from credit_parallel.app.cli.forecast import add_parser
+from credit_parallel.app.cli.forecast_command import add_parser
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.data.samples import Samples
 from credit_parallel.app.data.source import Channel, Grid

@@ -17,8 +17,9 @@ from credit_parallel.layouts import LayoutPlans, plan_layouts
 EPILOG = """\
 Each line of the table is a layout: how replicas are kept in step (data), how many there are (dp), how many ranks share
 the channels (tensor) and the latitude rows (domain) of a sample. Of a step of the optimizer, the rank that sends most
-sends so many bytes of rows (halo, in so many messages), of gradients and parameters, and of sums of activations. The
-last column is an estimate of the memory that a rank needs. The layout to take is marked.
+sends so many bytes of rows (halo, in so many messages), of gradients and parameters, and of activations that
+tensor-parallel layers sum (all-reduce). The last column is an estimate of the memory that a rank needs: out of memory
+where it is more than --memory. Samples go through a replica in so many micro-batches. The layout to take is marked.
 
 Examples:
   credit-parallel plan -c config.yml --world 64 --memory 80

@@ -209,7 +209,7 @@ def _time_named(source: Source, text: str) -> int:
 
 def _picture(checked: Checked, args: argparse.Namespace, start: int, steps: int) -> _Picture:
     """The last lead of the first forecast for which the truth is there."""
-    from credit_parallel.app.plots.maps import name_of
+    from credit_parallel.app.plots.forecast_picture import name_of
 
     source, lead = checked.source, checked.lead_steps
     labels = [channel.label for channel in source.channels]
