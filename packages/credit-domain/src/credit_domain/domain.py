@@ -6,23 +6,20 @@ from it is integers, worked out by functions marked :func:`constant`, which torc
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_domain.footprint import Footprint
 from credit_halo import all_sum, exchange_rows, ops, plan_rows
-from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree, has_agreed
+from credit_halo.extend import Bounded, agree, group_by_name, has_agreed, learn_while_tracing, learner
 from credit_halo.plan import plans
-from credit_halo.recompute import marked, reach
+from credit_halo.recompute import marked
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -85,13 +82,8 @@ def normal_dim(dim: int, ndim: int, spatial: int, what: str) -> int:
 
 # Who holds which rows
 
-_layers = itertools.count()
-_learned: WeakKeyDictionary[ProcessGroup, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
-
-
-def new_layer() -> int:
-    """A number for a layer to remember what it learned by."""
-    return next(_layers)
+new_layer = learner.new_layer
+"""A number for a layer to remember what it learned by."""
 
 
 def sizes_of(
@@ -126,32 +118,10 @@ def sizes_of(
                 f"{label}: compiled code cannot ask the other ranks for their rows at each call; declare the "
                 "partition of the model's input first (shard_tensor, or manager.declare), or pass partition="
             )
-        return _learn_while_tracing(*domain, label, dim, operator.index(x.shape[dim]))
-    group = group_by_name(domain.group)
-    known = _learned.setdefault(group, {})
-    key = (layer, domain.declared, dim, x.shape)
-    if key in known:
-        return known[key]
-    shape = ["rows" if d in (dim, dim + x.ndim) else str(size) for d, size in enumerate(x.shape)]
-    said = f"{label}: {str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), declared partition "
-    rows = agree(group, None, label, lambda: said + (domain.declared or "none"), x.device, rows=x.shape[dim])
-    assert rows is not None
-    sizes = tuple(rows)
-    if domain.declared and layer is not None:
-        known[key] = sizes
-    else:
-        reach(x)  # ranks ask again where a checkpoint computes again
-    return sizes
-
-
-@constant
-def _learn_while_tracing(
-    group: str, rank: int, size: int, declared: str, label: str, dim: int, rows: int
-) -> tuple[int, ...]:
-    pg = group_by_name(group)
-    device = torch.device("cuda" if dist.get_backend(pg) == "nccl" else "cpu")
-    said = f"{label}: dim {dim} in compiled code, declared partition {declared}"
-    return tuple(agree(pg, None, label, lambda: said, device, rows=rows) or ())
+        rows = operator.index(x.shape[dim])
+        sizes: tuple[int, ...] = learn_while_tracing(domain.group, domain.declared, label, dim, rows)
+        return sizes
+    return learner.sizes(x, dim, group_by_name(domain.group), label, declared=domain.declared, layer=layer)
 
 
 def _check_partition(x: Tensor, dim: int, domain: Domain, label: str, partition: RowPartition) -> None:
@@ -187,7 +157,8 @@ def sum_over(x: Tensor, domain: Domain) -> Tensor:
 
 # Strides and back
 
-_strided: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], tuple[tuple[int, ...], str]]] = WeakKeyDictionary()
+_Strided = Bounded[tuple[str, int], tuple[tuple[int, ...], str]]
+_strided: WeakKeyDictionary[ProcessGroup, _Strided] = WeakKeyDictionary()
 
 
 def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, label: str) -> None:
@@ -202,7 +173,7 @@ def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, lab
     before, after = sum(source), sum(target)
     if domain.size == 1 or before == after or torch.compiler.is_compiling():
         return
-    known = _strided.setdefault(group_by_name(domain.group), {})
+    known = _strided.setdefault(group_by_name(domain.group), Bounded(4096))
     held, where = known.get((domain.declared, after), (target, ""))
     if any(a != b and 1 in (a, b) for a, b in zip(held, target, strict=True)):
         raise ValueError(

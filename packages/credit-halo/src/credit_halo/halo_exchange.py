@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from credit_halo._torch_private import group_by_name, keep_order, prepare_induct
 from credit_halo.agreement import agree
 from credit_halo.edges import EdgeRule
 from credit_halo.exchange import exchange_rows
+from credit_halo.learning import learner
 from credit_halo.plan import halo_width as width_of
 from credit_halo.plan import plan_halo
 from credit_halo.rows import empty_rows
@@ -30,8 +29,8 @@ class HaloExchange(nn.Module):
     is nothing but edges: without a manager, or with a single domain rank, the layer pads by its edge rule. It never
     returns its input unpadded, since the convolution after it would then lose rows.
 
-    The layer learns the partition of its input from the other ranks, by a small all-gather: once for each number of
-    rows under a declared partition (``manager.declare``, ``shard_tensor``), and at each call where none is declared.
+    The layer learns the partition of its input from the other ranks, by a small all-gather: once for each shape
+    under a declared partition (``manager.declare``, ``shard_tensor``), and at each call where none is declared.
 
     Args:
         halo_width: Rows on each side, or a pair ``(before, after)``.
@@ -61,12 +60,12 @@ class HaloExchange(nn.Module):
         self.label = label
         _widths(halo_width)
         self._edge = _name(self.edge)
-        self._layer = next(_layers)
+        self._layer = learner.new_layer()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._edge = _name(self.edge)  # known by name in this process too
-        self._layer = next(_layers)  # a copy learns for itself
+        self._layer = learner.new_layer()  # a copy learns for itself
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad ``x`` along ``dim``.
@@ -184,9 +183,7 @@ def _normal_dim(x: Tensor, dim: int, group: str, label: str) -> int:
 
 
 _LINEAR = " without its constant"
-_layers = itertools.count()
 _rules: dict[str, EdgeRule] = {}
-_learned: WeakKeyDictionary[ProcessGroup, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 def _name(rule: EdgeRule) -> str:
@@ -197,29 +194,13 @@ def _name(rule: EdgeRule) -> str:
 
 @torch.library.custom_op("credit_halo::learn_partition", mutates_args=())
 def _learn(x: Tensor, dim: int, group: str, label: str, layer: int, declared: str) -> Tensor:
-    """Rows of each rank, on the CPU.
-
-    What was learned is kept for each layer, declared partition and number of rows, so that a new declaration makes
-    every rank ask again. Without a declared partition no rank can know that another's rows have changed, and all ask
-    each time.
-    """
-    rows = x.shape[dim]
+    """Rows of each rank, on the CPU; compiled code asks when it runs. A layer below 0 is none."""
     if not group:
-        return torch.tensor([rows])
-    pg = group_by_name(group)
-    key = (layer, declared, dim, rows)
-    known = _learned.setdefault(pg, {})
-    if key in known:
-        return known[key].clone()
-    shape = ["rows" if d == dim else str(size) for d, size in enumerate(x.shape)]
-    said = (
-        f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}), declared partition {declared or 'none'}"
+        return torch.tensor([x.shape[dim]])
+    number = layer if layer >= 0 else None
+    return torch.tensor(
+        learner.sizes(x, dim, group_by_name(group), f"exchange {label!r}", declared=declared, layer=number)
     )
-    gathered = agree(pg, None, f"exchange {label!r}", lambda: said, x.device, rows=rows)
-    sizes = torch.tensor(gathered)
-    if declared and layer >= 0:
-        known[key] = sizes.clone()
-    return sizes
 
 
 @_learn.register_fake
