@@ -113,7 +113,7 @@ def plan_layouts(
                 no_batch.add(dp)
                 continue
             layouts += [
-                _fitted(request, mode, dp, tensor, partition, cost, splits.plans[degree], splits.again[degree])
+                _fitted(request, mode, dp, tensor, partition, cost, splits.domain_plans[degree], splits.again[degree])
                 for mode in ("none", "ddp", "fsdp2")
                 if (mode != "none" or dp == 1) and (mode == "none" or dp * degree > 1)
             ]
@@ -177,7 +177,7 @@ class _RowSplits:
         ]
         self.notes = [f"what {', '.join(others)} send(s) is not counted"] if others else []
         self.blocks = tuple(blocks_of(model, conf)) if request.recompute else ()
-        self.plans: dict[int, DomainPlan | None] = {1: None}
+        self.domain_plans: dict[int, DomainPlan | None] = {1: None}
         self.again: dict[int, tuple[int, int]] = {1: (0, 0)}
 
     def partitions(self) -> tuple[dict[int, RowPartition], list[Skipped]]:
@@ -194,17 +194,17 @@ class _RowSplits:
                 reasons.setdefault(reason, []).append(degree)
                 continue
             try:
-                plan = self._plan(degree, partition)
+                plan = self._domain_plan(degree, partition)
             except ValueError as error:
                 reasons.setdefault(str(error), []).append(degree)
                 continue
-            found[degree], self.plans[degree] = partition, plan
+            found[degree], self.domain_plans[degree] = partition, plan
             again = [each for each in plan.layers if f"{each.name}.".startswith(tuple(f"{b}." for b in self.blocks))]
             self.again[degree] = (sum(layer.bytes for layer in again), sum(layer.messages for layer in again))
             self.notes += [note for note in plan.notes if note not in self.notes]
         return found, [Skipped(f"domain {_listed(degrees)}", reason) for reason, degrees in reasons.items()]
 
-    def _plan(self, degree: int, partition: RowPartition) -> DomainPlan:
+    def _domain_plan(self, degree: int, partition: RowPartition) -> DomainPlan:
         plan = plan_domain_parallel(self.ghost, self.shape, degree, partition=partition)
         at = {partition.rows: partition}
         for layer in plan.layers:
@@ -287,7 +287,7 @@ def _layout(
     tensor: int,
     partition: RowPartition,
     cost: StepCost,
-    plan: DomainPlan | None,
+    domain_plan: DomainPlan | None,
     again: tuple[int, int],
 ) -> LayoutPlan:
     """The formulas at the top of this module."""
@@ -298,9 +298,9 @@ def _layout(
     ranks = dp * degree
     ring = (ranks - 1) / ranks
     halo = messages = 0
-    if plan is not None:
-        halo = (2 * plan.bytes + request.recompute * again[0]) * forwards
-        messages = (2 * plan.messages + request.recompute * again[1]) * runs
+    if domain_plan is not None:
+        halo = (2 * domain_plan.bytes + request.recompute * again[0]) * forwards
+        messages = (2 * domain_plan.messages + request.recompute * again[1]) * runs
     narrower = 2 if request.amp else 1
     if mode == "fsdp2":
         gathers = (2 * cost.parameters - cost.root) / narrower * runs
@@ -311,7 +311,7 @@ def _layout(
     tensor_bytes = (
         2 * (tensor - 1) / tensor * sums * share * forwards + (2 + request.recompute) * cost.fused_sent * runs
     )
-    memory = _memory(request, mode, ranks, samples, share, cost, 0 if plan is None else plan.bytes)
+    memory = _memory(request, mode, ranks, samples, share, cost, 0 if domain_plan is None else domain_plan.bytes)
     return LayoutPlan(
         data=mode,
         dp=dp,
@@ -326,7 +326,7 @@ def _layout(
         tensor_bytes=round(tensor_bytes),
         memory=memory,
         fits=None if request.gpu_memory is None else memory.total <= request.gpu_memory,
-        domain_plan=plan,
+        domain_plan=domain_plan,
     )
 
 
