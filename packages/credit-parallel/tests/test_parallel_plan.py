@@ -27,13 +27,14 @@ from credit_domain.blocks import GlobalMean, WindowAttention
 from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh.cli import main as mesh_main
 from credit_parallel import parallelize
-from credit_parallel.app.cli import layout, plan, verify
+from credit_parallel.app.cli import layout_command, plan_command, verify_command
 from credit_parallel.app.config import ModelConfig
 from credit_parallel.app.examples.transformer import Transformer
 from credit_parallel.app.examples.unet import UNet
 from credit_parallel.app.models import EXAMPLES, build_model, factory, parse_options
 from credit_parallel.blocks import _apply_activation_checkpointing
-from credit_parallel.layouts import plan_layouts, size
+from credit_parallel.layout_table import size
+from credit_parallel.layouts import plan_layouts
 from credit_parallel.memory import step_cost
 
 MiB = 2**20
@@ -528,7 +529,7 @@ def test_options_of_a_command_line():
 def command(*arguments: str) -> int:
     parser = argparse.ArgumentParser(prog="credit-parallel")
     commands = parser.add_subparsers(required=True)
-    for each in (plan, verify, layout):
+    for each in (plan_command, verify_command, layout_command):
         each.add_parser(commands)
     args = parser.parse_args([str(argument) for argument in arguments])
     return args.run(args)
