@@ -23,7 +23,7 @@ from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspo
 from credit_domain.ops.conv.borders import borders_of
 from credit_domain.ops.conv.convolution import Convolution
 from credit_domain.ops.conv.transposed import TransposedConvolution
-from credit_halo import ops
+from credit_halo.extend import ops
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

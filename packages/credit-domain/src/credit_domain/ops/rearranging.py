@@ -13,8 +13,8 @@ from torch import Tensor
 from credit_domain.domain import domain_of, normal_dim, sizes_of
 from credit_domain.engine.footprint import Footprint, check_reach, footprint_from
 from credit_domain.engine.operation import Call, move, row_op, step_for
-from credit_halo import EdgeRule
-from credit_halo.plan import Need, repartition_needs
+from credit_halo import EdgeRule, Need
+from credit_halo.extend import repartition_needs
 from credit_mesh import DomainParallelManager, RowPartition
 
 Ints = int | Sequence[int]

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree
-from credit_mesh.mesh import mesh_of
+from credit_halo.extend import agree, group_by_name
+from credit_mesh.extend import mesh_of
 from credit_parallel.contract import device_of
 from credit_parallel.tensor_parallel.declaration import unfit
 from credit_parallel.tensor_parallel.layers import divide_layer
@@ -122,7 +121,23 @@ class _SingleColumn(_Single):
         return out
 
 
-class TpColConv2d(_SingleColumn):
+class _SingleConv2d(_Single):
+    _kind, _child = nn.Conv2d, "conv"
+    conv: nn.Conv2d
+
+    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(conv, tp_group)
+
+
+class _SingleLinear(_Single):
+    _kind, _child = nn.Linear, "linear"
+    linear: nn.Linear
+
+    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(linear, tp_group)
+
+
+class TpColConv2d(_SingleColumn, _SingleConv2d):
     """A 1x1 convolution whose output channels are divided over tp ranks.
 
     The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
@@ -141,87 +156,17 @@ class TpColConv2d(_SingleColumn):
         A small all-gather, then a broadcast of each parameter.
     """
 
-    _kind, _child = nn.Conv2d, "conv"
-    conv: nn.Conv2d
 
-    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(conv, tp_group)
+class TpRowConv2d(_SingleRow, _SingleConv2d):
+    """As :class:`TpColConv2d`, of the input channels; keys of the state_dict are ``conv.weight`` and ``bias``."""
 
 
-class TpRowConv2d(_SingleRow):
-    """A 1x1 convolution whose input channels are divided over tp ranks.
-
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``conv.weight`` and ``bias``.
-
-    Args:
-        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
-            one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Conv2d, "conv"
-    conv: nn.Conv2d
-
-    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(conv, tp_group)
+class TpColLinear(_SingleColumn, _SingleLinear):
+    """As :class:`TpColConv2d`, of the output features of a linear layer; keys: ``linear.weight``, ``linear.bias``."""
 
 
-class TpColLinear(_SingleColumn):
-    """A linear layer whose output channels are divided over tp ranks.
-
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``linear.weight`` and ``linear.bias``.
-
-    Args:
-        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Linear, "linear"
-    linear: nn.Linear
-
-    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(linear, tp_group)
-
-
-class TpRowLinear(_SingleRow):
-    """A linear layer whose input channels are divided over tp ranks.
-
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``linear.weight`` and ``bias``.
-
-    Args:
-        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Linear, "linear"
-    linear: nn.Linear
-
-    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(linear, tp_group)
+class TpRowLinear(_SingleRow, _SingleLinear):
+    """As :class:`TpColConv2d`, of the input features of a linear layer; keys: ``linear.weight`` and ``bias``."""
 
 
 def _channels(layer: nn.Module, role: str) -> int:

@@ -19,10 +19,7 @@ from credit_domain.engine.operation import ROW_OPS, Placed, footprint_for
 from credit_domain.ops.conv import overlap
 from credit_domain.ops.conv.borders import Borders, Overlapping, borders_of
 from credit_domain.ops.conv.overlap import Overlapped, Plain, Shape, backward, forward
-from credit_halo import ops
-from credit_halo._torch_private import keep_order, prepare_inductor
-from credit_halo.fit import misfit
-from credit_halo.plan import plans
+from credit_halo.extend import keep_order, misfit, ops, plans, prepare_inductor
 
 _named: dict[str, Overlapped] = {}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from credit_domain.ops.interpolation.taps import HALF, Along, Taps, map_of
-from credit_halo.rows import empty_rows, memory_format
+from credit_halo.extend import empty_rows, memory_format
 
 
 class _Pass(NamedTuple):

@@ -16,7 +16,7 @@ from credit_domain.ops.norms.normalization import (
     layer_norm_of,
     rms_norm_of,
 )
-from credit_halo._torch_private import group_by_name
+from credit_halo.extend import group_by_name
 from credit_mesh import DomainParallelManager
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from credit_domain.domain import domain_of, normal_dim
 from credit_domain.engine.footprint import Footprint, window_rows, windows
 from credit_domain.engine.operation import Call, Placed, batched, per_dim, resized, row_op, run
-from credit_halo import EdgeRule
-from credit_halo.edges import constant
+from credit_halo import EdgeRule, constant_edge
 from credit_mesh import DomainParallelManager, RowPartition
 
 Ints = int | Sequence[int]
@@ -83,7 +82,7 @@ class MaxWindows(NamedTuple):
 
     def footprint(self, source: RowPartition) -> Footprint:
         """See :class:`Windows`."""
-        whole = Windows(*self.windows).footprint(source, constant(self.lowest))
+        whole = Windows(*self.windows).footprint(source, constant_edge(self.lowest))
         ranges = (need for need in whole.needs if isinstance(need, range))
         return replace(whole, needs=tuple(range(max(0, need.start), need.stop) for need in ranges))
 

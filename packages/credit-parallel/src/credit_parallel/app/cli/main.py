@@ -56,7 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from credit_parallel.app.cli import demo, forecast, layout, plan, train, verify
+    from credit_parallel.app.cli import (
+        demo_command,
+        forecast_command,
+        layout_command,
+        plan_command,
+        train_command,
+        verify_command,
+    )
 
     parser = argparse.ArgumentParser(
         prog="credit-parallel", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,6 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, train, forecast, plan, verify, layout):
+    for module in (demo_command, train_command, forecast_command, plan_command, verify_command, layout_command):
         module.add_parser(commands)
     return parser

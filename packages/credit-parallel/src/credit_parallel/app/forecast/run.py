@@ -63,7 +63,7 @@ def run_forecast(
         Those of the model, of the writer and of the scores; for each step of a start a small all-gather.
     """
     source, data = experiment.checked.source, experiment.config.data
-    statistics, context, device = experiment.known_statistics, experiment.context, experiment.device
+    statistics, context, device = experiment.statistics, experiment.context, experiment.device
     lead, rows = experiment.checked.lead_steps, experiment.rows
     layout, at = place_of(context.manager)
     with together(WHAT):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from credit_parallel.tensor_parallel.declaration import BlockPlan, LayerPlan, declared
+from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declared
 from credit_parallel.tensor_parallel.parameters import divided_parameters, unwrapped
 
 _FUSED = re.compile(r"kv|in_proj|c_attn", re.IGNORECASE)
@@ -21,23 +21,23 @@ _ACROSS_CHANNELS = (
 )
 
 
-def check_block(plan: BlockPlan, size: int) -> Iterator[str]:
+def check_block(declaration: Declaration, size: int) -> Iterator[str]:
     """What is wrong with a block.
 
     Args:
-        plan: What it declares.
+        declaration: Of the block.
         size: The tensor-parallel degree.
     """
-    yield from plan.problems
-    for columns, rows in plan.pairs:
-        yield from _unclear_parts(plan, columns, rows)
+    yield from declaration.problems
+    for columns, rows in declaration.pairs:
+        yield from _unclear_parts(declaration, columns, rows)
         for column in columns:
-            yield from _mixed_between(plan, column, rows)
-    yield from _undeclared_heads(plan)
-    yield from _constraints(plan, size)
+            yield from _mixed_between(declaration, column, rows)
+    yield from _undeclared_heads(declaration)
+    yield from _constraints(declaration, size)
 
 
-def _unclear_parts(plan: BlockPlan, columns: list[LayerPlan], rows: list[LayerPlan]) -> Iterator[str]:
+def _unclear_parts(declaration: Declaration, columns: list[DividedLayer], rows: list[DividedLayer]) -> Iterator[str]:
     """Layers that may hold several parts side by side, whose slice would be of the wrong ones."""
     for layers, others in ((columns, rows), (rows, columns)):
         sizes = {part for other in others for part in other.parts}
@@ -54,19 +54,19 @@ def _unclear_parts(plan: BlockPlan, columns: list[LayerPlan], rows: list[LayerPl
             else:
                 continue
             yield (
-                f"{plan.at(layer.path)} {why}: declare what it consists of, by _tp_parts = {{{layer.path!r}: 3}} for "
-                f"equal parts (3: q, k and v; 2: the halves of a GLU), {{{layer.path!r}: (64, 32, 32)}} for others, "
-                f"or {{{layer.path!r}: 1}} if it is one part"
+                f"{declaration.at(layer.path)} {why}: declare what it consists of, by _tp_parts = "
+                f"{{{layer.path!r}: 3}} for equal parts (3: q, k and v; 2: the halves of a GLU), "
+                f"{{{layer.path!r}: (64, 32, 32)}} for others, or {{{layer.path!r}: 1}} if it is one part"
             )
 
 
-def _mixed_between(plan: BlockPlan, column: LayerPlan, rows: list[LayerPlan]) -> Iterator[str]:
+def _mixed_between(declaration: Declaration, column: DividedLayer, rows: list[DividedLayer]) -> Iterator[str]:
     """Modules between two layers of a Sequential that mix divided channels, or have undeclared parameters for them."""
-    viewed = {(id(view.owner), view.name) for view in plan.views}
-    counted = {(id(owner), attribute) for owner, attribute, _ in plan.counts}
-    for path, found in _between(plan.block, column.path, [row.path for row in rows]):
+    viewed = {(id(view.owner), view.name) for view in declaration.views}
+    counted = {(id(owner), attribute) for owner, attribute, _ in declaration.counts}
+    for path, found in _between(declaration.block, column.path, [row.path for row in rows]):
         module = unwrapped(found)
-        label = f"{plan.at(path)} ({type(module).__name__}), between the column- and the row-parallel layer,"
+        label = f"{declaration.at(path)} ({type(module).__name__}), between the column- and the row-parallel layer,"
         if isinstance(module, _ACROSS_CHANNELS):
             yield f"{label} mixes channels of several ranks"
         elif isinstance(module, nn.GroupNorm) and (id(module), "num_groups") not in counted:
@@ -89,28 +89,28 @@ def _between(block: nn.Module, column: str, rows: list[str]) -> Iterator[tuple[s
                 yield from block.get_submodule(start).named_modules(prefix=start)
 
 
-def _undeclared_heads(plan: BlockPlan) -> Iterator[str]:
+def _undeclared_heads(declaration: Declaration) -> Iterator[str]:
     """A block that splits its rank's channels into all the heads makes each of them narrower."""
-    if any(declared(plan.block, name) is not None for name in ("_tp_heads", "_tp_constraints")):
+    if any(declared(declaration.block, name) is not None for name in ("_tp_heads", "_tp_constraints")):
         return
-    paths = {layer.path.rpartition(".")[0] for layer in plan.layers.values() if layer.role == "column"}
+    paths = {layer.path.rpartition(".")[0] for layer in declaration.layers.values() if layer.role == "column"}
     for path in sorted({"", *paths}):
-        for name, value in vars(plan.block.get_submodule(path)).items():
+        for name, value in vars(declaration.block.get_submodule(path)).items():
             counts = isinstance(value, int) and not isinstance(value, bool)
             if counts and _HEADS.fullmatch(name) and not _NOT_HEADS.search(name):
                 where = f"{path}.{name}" if path else name
                 yield (
-                    f"{plan.at()} has {where}={value}, and a rank only its share of the heads: declare _tp_heads = "
-                    f"{where!r} to have it divided, or _tp_heads = () if forward does not use it"
+                    f"{declaration.at()} has {where}={value}, and a rank only its share of the heads: declare "
+                    f"_tp_heads = {where!r} to have it divided, or _tp_heads = () if forward does not use it"
                 )
 
 
-def _constraints(plan: BlockPlan, size: int) -> Iterator[str]:
-    check = vars(plan.block).get("_tp_constraints", getattr(type(plan.block), "_tp_constraints", None))
+def _constraints(declaration: Declaration, size: int) -> Iterator[str]:
+    check = vars(declaration.block).get("_tp_constraints", getattr(type(declaration.block), "_tp_constraints", None))
     if check is None:
         return
     try:
-        found: Any = check(plan.block, size)
+        found: Any = check(declaration.block, size)
     except ValueError as error:
         found = str(error)
     if found is False:
@@ -118,10 +118,10 @@ def _constraints(plan: BlockPlan, size: int) -> Iterator[str]:
     if isinstance(found, str):
         found = [found] if found else []
     for problem in found if isinstance(found, Iterable) else ():
-        yield f"{plan.at()}: {problem}"
+        yield f"{declaration.at()}: {problem}"
 
 
-def check_model(model: nn.Module, plans: list[BlockPlan]) -> Iterator[str]:
+def check_model(model: nn.Module, declarations: list[Declaration]) -> Iterator[str]:
     """What is wrong between blocks, or with the model as a whole."""
     divided = divided_parameters(model)
     for name, parameter in model.named_parameters():
@@ -133,15 +133,15 @@ def check_model(model: nn.Module, plans: list[BlockPlan]) -> Iterator[str]:
             if value is not None:
                 names.setdefault(id(value), []).append(f"{prefix}.{name}" if prefix else name)
     claimed: dict[tuple[int, str], str] = {}
-    for plan in plans:
-        layers = [(layer.layer, name) for layer in plan.layers.values() for name in ("weight", "bias")]
-        for owner, name in (*layers, *((view.owner, view.name) for view in plan.views)):
+    for declaration in declarations:
+        layers = [(layer.layer, name) for layer in declaration.layers.values() for name in ("weight", "bias")]
+        for owner, name in (*layers, *((view.owner, view.name) for view in declaration.views)):
             value = owner._parameters[name]
             if value is None:
                 continue
             called = names[id(value)]
-            other = claimed.setdefault((id(owner), name), plan.at())
-            if other != plan.at():
-                yield f"{called[0]} is declared by {other} and by {plan.at()}"
+            other = claimed.setdefault((id(owner), name), declaration.at())
+            if other != declaration.at():
+                yield f"{called[0]} is declared by {other} and by {declaration.at()}"
             if len(called) > 1:
                 yield f"{' and '.join(called)} are the same parameter, which cannot be divided in one place alone"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,13 +11,15 @@ from torch import nn
 from credit_domain.casts import cast_module
 from credit_parallel.app.config import ModelConfig, RunConfig
 from credit_parallel.app.models import build_model, parse_options
+from credit_parallel.blocks import Conf
 from credit_parallel.layouts import LayoutPlans, plan_layouts
 
 EPILOG = """\
 Each line of the table is a layout: how replicas are kept in step (data), how many there are (dp), how many ranks share
 the channels (tensor) and the latitude rows (domain) of a sample. Of a step of the optimizer, the rank that sends most
-sends so many bytes of rows (halo, in so many messages), of gradients and parameters, and of sums of activations. The
-last column is an estimate of the memory that a rank needs. The layout to take is marked.
+sends so many bytes of rows (halo, in so many messages), of gradients and parameters, and of activations that
+tensor-parallel layers sum (all-reduce). The last column is an estimate of the memory that a rank needs: out of memory
+where it is more than --memory. Samples go through a replica in so many micro-batches. The layout to take is marked.
 
 Examples:
   credit-parallel plan -c config.yml --world 64 --memory 80
@@ -100,7 +101,7 @@ def _of_config(args: argparse.Namespace) -> LayoutPlans:
         activation_checkpoint=args.activation_checkpoint or trainer.activation_checkpoint,
         accumulate=trainer.accumulate,
         rollout=trainer.rollout,
-        conf={"trainer": {"fsdp2_blocks": list(trainer.fsdp2_blocks)}},
+        conf=trainer,
         dtype=trainer.dtype,
     )
 
@@ -134,7 +135,7 @@ def _plans(
     periodic: bool,
     *,
     dtype: str = "float32",
-    conf: Mapping[str, Any] | None = None,
+    conf: Conf = None,
     **how: Any,
 ) -> LayoutPlans:
     import torch

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         return run_ranks(args.arguments, ranks)
     device = device_named(config.trainer.device, at.local_rank)
     with joined(device, config.trainer.first_timeout):
-        from credit_parallel.app.cli.show import Bar
+        from credit_parallel.app.cli.progress import Bar
         from credit_parallel.app.training.loop import Reporter, train
 
         train(checked, device, Reporter() if quiet else Bar())

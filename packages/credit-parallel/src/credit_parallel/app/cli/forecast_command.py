@@ -209,7 +209,7 @@ def _time_named(source: Source, text: str) -> int:
 
 def _picture(checked: Checked, args: argparse.Namespace, start: int, steps: int) -> _Picture:
     """The last lead of the first forecast for which the truth is there."""
-    from credit_parallel.app.plots.maps import name_of
+    from credit_parallel.app.plots.forecast_picture import name_of
 
     source, lead = checked.source, checked.lead_steps
     labels = [channel.label for channel in source.channels]
@@ -244,8 +244,7 @@ def _forecast(
     from credit_parallel.app.training.experiment import prepare
 
     labels = [channel.label for channel in checked.source.channels]
-    statistics = Statistics.from_dict(saved.statistics, labels)
-    experiment = dataclasses.replace(prepare(checked, device), statistics=statistics)
+    experiment = prepare(checked, device, Statistics.from_dict(saved.statistics, labels))
     experiment.context.load(saved.folder)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     attributes = {
