@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.engine.operation import Call, Placed, step_for
+from credit_domain.engine.driver import Call, Placed, step_for
 from credit_domain.extend import Domain
 from credit_domain.ops.conv.borders import borders_of
 from credit_domain.ops.conv.convolution import Convolution

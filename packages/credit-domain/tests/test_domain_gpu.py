@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import credit_domain.ops.conv.overlap as overlap
 from credit_domain import convert_to_domain_parallel, initialize_domain_parallel
-from credit_domain.domain import Domain
-from credit_domain.engine.operation import Call, Placed, step_for
+from credit_domain.engine.driver import Call, Placed, step_for
+from credit_domain.engine.ranks import Domain
 from credit_domain.layers import DomainParallelPeriodicConv2d
 from credit_domain.ops.conv.borders import borders_of
 from credit_domain.ops.conv.convolution import Convolution

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import credit_domain.ops.conv.overlap as overlap
 import credit_domain.ops.conv.overlap_op as overlap_op
 from credit_domain import convert_to_domain_parallel
-from credit_domain.domain import domain_of
+from credit_domain.engine.ranks import domain_of
 from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspose2d
 from credit_domain.ops.conv.borders import borders_of
 from credit_domain.ops.conv.convolution import Convolution

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import credit_domain.layers  # noqa: F401 - its layers are in the table
-from credit_domain.blocks.base import POINTWISE
+from credit_domain.blocks.block import POINTWISE
 from credit_domain.engine.layer import LAYERS, Decision
 
 

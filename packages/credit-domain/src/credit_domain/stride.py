@@ -12,7 +12,7 @@ from torch import nn
 
 import credit_domain.layers  # noqa: F401 - its layers are in the table
 from credit_domain.engine.layer import layer_for, record_of
-from credit_domain.engine.operation import ratio_of
+from credit_domain.engine.row_op import ratio_of
 from credit_domain.trace import LayerCall, trace
 
 logger = logging.getLogger(__name__)

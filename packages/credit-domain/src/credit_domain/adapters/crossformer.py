@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from credit_domain.adapters.registry import register
-from credit_domain.adapters.windows import RegroupedModule
+from credit_domain.adapters.window_families import RegroupedModule
 from credit_domain.engine.layer import DomainParallelLayer
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.adapters.base import Adapter, is_candidate, landing, partition_at, prove
+from credit_domain.adapters.adapter import Adapter, is_candidate, landing, partition_at, prove
 from credit_domain.ops.interpolation.interpolation import resample
 from credit_domain.ops.padding.padding import pad
 from credit_domain.ops.pixel import unshuffle

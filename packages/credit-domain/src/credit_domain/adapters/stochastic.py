@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from credit_domain.adapters.registry import register
-from credit_domain.domain import domain_of
 from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.engine.ranks import domain_of
 
 
 class DomainParallelDropPath(DomainParallelLayer):

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.blocks.base import POINTWISE, Block, attend, wide
+from credit_domain.blocks.block import POINTWISE, Block, attend, wide
 from credit_domain.blocks.ring import ring_attention
-from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
+from credit_domain.engine.driver import Step, bring
+from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of
 from credit_halo import plan_rows
 from credit_halo.extend import agree, group_by_name, has_agreed
 from credit_mesh import DomainParallelManager, RowPartition

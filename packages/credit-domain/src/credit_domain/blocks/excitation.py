@@ -6,8 +6,8 @@ from collections.abc import Hashable
 
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block, Pointwise2d, wide
-from credit_domain.domain import domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.blocks.block import Block, Pointwise2d, wide
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of, sum_over
 from credit_mesh import DomainParallelManager, RowPartition
 
 

@@ -7,8 +7,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block
-from credit_domain.domain import domain_of, sizes_of
+from credit_domain.blocks.block import Block
+from credit_domain.engine.ranks import domain_of, sizes_of
 from credit_mesh import DomainParallelManager, RowPartition
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block, attend
-from credit_domain.domain import ALONE, Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
+from credit_domain.blocks.block import Block, attend
+from credit_domain.engine.driver import Step, bring
+from credit_domain.engine.ranks import ALONE, Domain, constant, domain_of, normal_dim, sizes_of
 from credit_halo import plan_rows
 from credit_mesh import DomainParallelManager, RowPartition
 

@@ -20,8 +20,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from credit_domain._torch_private import share
-from credit_domain.domain import new_layer
-from credit_domain.engine.operation import Call, RowOp
+from credit_domain.engine.driver import Call
+from credit_domain.engine.ranks import new_layer
+from credit_domain.engine.row_op import RowOp
 from credit_mesh import DomainParallelManager, RowPartition
 
 _Self = TypeVar("_Self", bound="DomainParallelLayer")

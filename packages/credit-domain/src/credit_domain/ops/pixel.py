@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.domain import domain_of, follow, has_strides, normal_dim, sizes_of
+from credit_domain.engine.driver import Call, place, with_rows
 from credit_domain.engine.footprint import Footprint, footprint_from, windows
 from credit_domain.engine.layer import DomainParallelLayer, Seen, known_layer
-from credit_domain.engine.operation import Call, RowOp, place, row_op, with_rows
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of
+from credit_domain.engine.row_op import RowOp, row_op
+from credit_domain.engine.skips import follow, has_strides
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from credit_domain.domain import domain_of, normal_dim, sizes_of
+from credit_domain.engine.driver import Call, move, step_for
 from credit_domain.engine.footprint import Footprint, check_reach, footprint_from
-from credit_domain.engine.operation import Call, move, row_op, step_for
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of
+from credit_domain.engine.row_op import row_op
 from credit_halo import EdgeRule, Need
 from credit_halo.extend import repartition_needs
 from credit_mesh import DomainParallelManager, RowPartition

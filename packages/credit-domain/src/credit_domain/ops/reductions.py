@@ -15,16 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from credit_domain.domain import (
-    ALONE,
-    Domain,
-    bring,
-    domain_of,
-    normal_dim,
-    sizes_of,
-    sum_over,
-)
-from credit_domain.engine.operation import RowOfEach, step_for
+from credit_domain.engine.driver import bring, step_for
+from credit_domain.engine.ranks import ALONE, Domain, domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.engine.row_op import RowOfEach
 from credit_domain.ops.rearranging import Ints, distinct_dims
 from credit_mesh import DomainParallelManager, RowPartition
 

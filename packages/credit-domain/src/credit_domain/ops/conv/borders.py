@@ -83,7 +83,7 @@ class Local(NamedTuple):
 
 
 class Overlapping(Protocol):
-    """A :class:`credit_domain.engine.operation.RowOp` that can run on own rows while the halo travels."""
+    """A :class:`credit_domain.engine.row_op.RowOp` that can run on own rows while the halo travels."""
 
     def footprint(self, source: RowPartition) -> Footprint:
         """Which rows each rank reads."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from credit_domain.engine.driver import per_dim
 from credit_domain.engine.layer import (
     Decision,
     DomainParallelLayer,
@@ -16,7 +17,6 @@ from credit_domain.engine.layer import (
     known_layer,
     record_of,
 )
-from credit_domain.engine.operation import per_dim
 from credit_domain.ops.conv.convolution import Convolution, Geometry, conv, geometry_of, padding_pairs
 from credit_domain.ops.conv.transposed import TransposedConvolution, conv_transpose
 from credit_halo import HaloExchange

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import domain_of, follow, normal_dim
+from credit_domain.engine.driver import Call, Placed, batched, per_dim, place, without_rows
 from credit_domain.engine.footprint import Footprint, check_reach, window_rows, windows
-from credit_domain.engine.operation import Call, Placed, batched, per_dim, place, row_op, without_rows
+from credit_domain.engine.ranks import domain_of, normal_dim
+from credit_domain.engine.row_op import row_op
+from credit_domain.engine.skips import follow
 from credit_domain.ops.conv.borders import Local, local_of_conv
 from credit_domain.ops.conv.overlap import Shape
 from credit_domain.ops.conv.overlap_op import overlapped

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.domain import Domain
-from credit_domain.engine.operation import Placed
+from credit_domain.engine.driver import Placed
+from credit_domain.engine.ranks import Domain
 from credit_domain.ops.conv.borders import Border, Borders
 from credit_domain.ops.conv.sharing import Reader, Shared, share, within
 from credit_halo.extend import debug, misfit, ops, plans

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from credit_domain.domain import Domain, constant
-from credit_domain.engine.operation import ROW_OPS, Placed, footprint_for
+from credit_domain.engine.driver import Placed
+from credit_domain.engine.ranks import Domain, constant
+from credit_domain.engine.row_op import ROW_OPS, footprint_for
 from credit_domain.ops.conv import overlap
 from credit_domain.ops.conv.borders import Borders, Overlapping, borders_of
 from credit_domain.ops.conv.overlap import Overlapped, Plain, Shape, backward, forward

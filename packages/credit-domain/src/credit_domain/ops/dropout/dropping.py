@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import Domain, domain_of, normal_dim
+from credit_domain.engine.ranks import Domain, domain_of, normal_dim
 from credit_mesh import DomainParallelManager
 
 _SELU = 1.0507009873554805 * 1.6732632423543772  # its limit far below zero, which alpha dropout drops to

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.domain import constant, domain_of, new_layer, normal_dim
+from credit_domain.engine.driver import Call, place
 from credit_domain.engine.footprint import Footprint, footprint_from
 from credit_domain.engine.layer import DomainParallelLayer, Seen, known_layer
-from credit_domain.engine.operation import Call, place, row_op
+from credit_domain.engine.ranks import constant, domain_of, new_layer, normal_dim
+from credit_domain.engine.row_op import row_op
 from credit_domain.ops.interpolation.taps import HALF, PICKS, Along, map_of
 from credit_domain.ops.interpolation.weighing import part_of, weigh
 from credit_halo import EdgeRule, HaloExchange

@@ -7,8 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from credit_domain.domain import constant, domain_of
 from credit_domain.engine.layer import LAYERS, Decision, WeightedLayer, known_layer
+from credit_domain.engine.ranks import constant, domain_of
 from credit_domain.ops.norms.normalization import (
     batch_norm_over,
     group_norm,

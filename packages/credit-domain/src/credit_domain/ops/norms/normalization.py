@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import Domain, domain_of, normal_dim, sizes_of
-from credit_domain.engine.operation import Call
+from credit_domain.engine.driver import Call
+from credit_domain.engine.ranks import Domain, domain_of, normal_dim, sizes_of
 from credit_domain.ops.norms.moments import Normalization, normalize
 from credit_mesh import DomainParallelManager, RowPartition
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from credit_domain.domain import ALONE, Domain, bring, domain_of, normal_dim, sizes_of
+from credit_domain.engine.driver import bring, step_for
 from credit_domain.engine.footprint import Footprint
-from credit_domain.engine.operation import row_op, step_for
+from credit_domain.engine.ranks import ALONE, Domain, domain_of, normal_dim, sizes_of
+from credit_domain.engine.row_op import row_op
 from credit_domain.ops.rearranging import Ints, crop, normal_dims, padded_to
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition

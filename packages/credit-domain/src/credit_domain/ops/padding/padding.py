@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import domain_of, normal_dim
+from credit_domain.engine.driver import Call, place, with_rows
 from credit_domain.engine.footprint import Footprint
-from credit_domain.engine.operation import Call, place, row_op, with_rows
+from credit_domain.engine.ranks import domain_of, normal_dim
+from credit_domain.engine.row_op import row_op
 from credit_domain.ops.rearranging import padded
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition

@@ -11,19 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import Domain, bring, constant, domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.engine.driver import Call, Placed, batched, bring, per_dim, run, step_for, without_rows
 from credit_domain.engine.footprint import Footprint, footprint_from
-from credit_domain.engine.operation import (
-    Call,
-    Placed,
-    RowOfEach,
-    batched,
-    per_dim,
-    row_op,
-    run,
-    step_for,
-    without_rows,
-)
+from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.engine.row_op import RowOfEach, row_op
 from credit_domain.ops.pooling.pooling import HALF, check_floating, dtype_of, global_index
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition

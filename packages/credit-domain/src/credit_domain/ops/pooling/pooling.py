@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import domain_of, normal_dim
+from credit_domain.engine.driver import Call, Placed, batched, per_dim, resized, run
 from credit_domain.engine.footprint import Footprint, window_rows, windows
-from credit_domain.engine.operation import Call, Placed, batched, per_dim, resized, row_op, run
-from credit_halo import EdgeRule, constant_edge
+from credit_domain.engine.ranks import domain_of, normal_dim
+from credit_domain.engine.row_op import row_op
+from credit_halo import EdgeRule
+from credit_halo import constant as constant_edge
 from credit_mesh import DomainParallelManager, RowPartition
 
 Ints = int | Sequence[int]

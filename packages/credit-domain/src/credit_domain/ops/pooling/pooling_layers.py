@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from credit_domain.engine.driver import per_dim
 from credit_domain.engine.layer import DomainParallelLayer, Seen, halo_of, known_layer
-from credit_domain.engine.operation import RowOp, per_dim
+from credit_domain.engine.row_op import RowOp
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows, adaptive_avg_pool, adaptive_max_pool
 from credit_domain.ops.pooling.pooling import Windows, avg_pool, lp_pool, max_pool
 from credit_mesh import DomainParallelManager

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block
+from credit_domain.blocks.block import Block
 from credit_domain.casts import cast_module
-from credit_domain.domain import constant, domain_of, sizes_of
 from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.engine.ranks import constant, domain_of, sizes_of
 from credit_domain.ops.interpolation.interpolation import resampled_partition
 from credit_mesh import RowPartition
 
@@ -96,7 +96,7 @@ def prove(
             return
     raise ValueError(
         f"{layer.label}: {type(layer.wrapped).__name__} has the parts of {what}, and {problem}. Pass a converter of "
-        "your own in custom_converters={...}: a subclass of credit_domain.adapters.base.Adapter, with its forward for "
+        "your own in custom_converters={...}: a subclass of credit_domain.adapters.adapter.Adapter, with its forward for "
         "sharded rows"
     )
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.domain import new_layer
+from credit_domain.engine.ranks import new_layer
 from credit_mesh import DomainParallelManager
 
 

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from credit_domain.adapters.stochastic import DomainParallelDropPath, is_drop_path
 from credit_domain.casts import cast_module
-from credit_domain.domain import Domain, Step, bring, constant, domain_of, sizes_of
+from credit_domain.engine.driver import Step, bring
 from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.engine.ranks import Domain, constant, domain_of, sizes_of
 from credit_domain.ops.dropout.dropout_layers import DomainParallelDropout
 from credit_domain.rules import decide
 from credit_domain.trace import meta_copy, plain_copy

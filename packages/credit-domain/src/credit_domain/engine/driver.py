@@ -1,75 +1,26 @@
-"""What an operation is to the rest of the package (:class:`RowOp`), and the driver that runs any of them.
+"""The driver that runs any operation on this rank's part of a tensor.
 
-An operation says which rows it reads, by integers. The driver does the rest for all operations alike: it finds the
-sharded dim, asks who holds which rows, works out this rank's part once, brings the rows, calls torch's own operator on
-them, and keeps a rank without rows in the graph.
+An operation says which rows it reads (:class:`credit_domain.engine.row_op.RowOp`). The driver does the rest for all of
+them alike: it finds the sharded dim, asks who holds which rows, works out this rank's part once, brings the rows, calls
+torch's own operator on them, and keeps a rank without rows in the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_domain.engine.footprint import Footprint
-from credit_halo import EdgeRule
-from credit_halo.extend import marked
+from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of
+from credit_domain.engine.row_op import RowOp, footprint_for
+from credit_domain.engine.skips import follow
+from credit_halo import exchange_rows, plan_rows
+from credit_halo.extend import marked, ops, plans
 from credit_mesh import DomainParallelManager, RowPartition
-
-
-class RowOp(Protocol):
-    """What an operation does along the sharded dim: a NamedTuple of integers and strings, marked :func:`row_op`.
-
-    Layer, function, converter, planner and granularity ask the same record. One that makes several rows one, or one row
-    several, has a property ``ratio``; see :func:`ratio_of`.
-    """
-
-    def footprint(self, source: RowPartition) -> Footprint:
-        """Which rows each rank reads, and who owns what comes out.
-
-        Raises:
-            ValueError: If the operation cannot work on these rows; for every rank alike.
-        """
-
-    def __iter__(self) -> Iterator[Any]:
-        """Its numbers, in the order in which its class takes them."""
-
-
-def ratio_of(op: RowOp | None) -> tuple[int, int]:
-    """How many rows become one, and how many one becomes; ``(1, 1)`` where no number of the operation says so."""
-    ratio: tuple[int, int] = getattr(op, "ratio", (1, 1))
-    return ratio
-
-
-_Op = TypeVar("_Op")
-ROW_OPS: dict[str, Any] = {}
-"""The operations by name: compiled code carries a name and numbers, not an object."""
-
-
-def row_op(kind: type[_Op]) -> type[_Op]:
-    """Make the class of a :class:`RowOp` known, under its name.
-
-    Raises:
-        ValueError: If another class has that name.
-    """
-    make: Any = kind
-    known = ROW_OPS.get(kind.__name__, make)
-    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"two operations are called {kind.__name__}: one is of {known.__module__}")
-    ROW_OPS[kind.__name__] = make
-    return kind
-
-
-@row_op
-class RowOfEach(NamedTuple):
-    """Every rank gets the one row that each rank has, if it has any."""
-
-    def footprint(self, source: RowPartition) -> Footprint:
-        """Every rank reads all rows."""
-        return Footprint(source, source, (range(source.rows),) * source.ranks, EdgeRule())
 
 
 class Call(NamedTuple):
@@ -108,7 +59,7 @@ class Placed(NamedTuple):
     call: Call
 
     def bring(self, x: Tensor, *, new: bool = False) -> Tensor:
-        """The rows that this rank reads; see :func:`credit_domain.domain.bring`."""
+        """The rows that this rank reads; see :func:`credit_domain.engine.driver.bring`."""
         return bring(x, self.dim, self.step, self.domain, self.call.label, new=new)
 
 
@@ -119,7 +70,7 @@ def place(op: RowOp, x: Tensor, call: Call, dim: int, domain: Domain) -> Placed:
         ValueError: On all ranks alike, if the operation cannot work on the rows.
 
     Collectives:
-        Those of :func:`credit_domain.domain.sizes_of`.
+        Those of :func:`credit_domain.engine.ranks.sizes_of`.
     """
     sizes = sizes_of(x, dim, domain, call.label, call.partition, call.layer)
     return Placed(dim, domain, sizes, step_for(op, sizes, domain.rank, call.label), call)
@@ -143,15 +94,58 @@ def _cached_step(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], ra
         raise ValueError(f"{label}: {error}") from error.__cause__
 
 
-@lru_cache(maxsize=4096)
-def footprint_for(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...]) -> Footprint:
-    """The footprint of an operation, given by its name and numbers.
+class Step(NamedTuple):
+    """How a rank gets the rows of a footprint, in terms that compiled code can carry.
 
-    Raises:
-        ValueError: If it cannot work on these rows.
+    Attributes:
+        plan: Key of the plan.
+        local: Whether no rank needs more or less than its own rows, so that nothing is to be done.
+        start: First global row that this rank reads.
+        rows: Number of rows that it reads.
+        first: First global row of the output that this rank owns.
+        out: Number of output rows that it owns.
+        total: Output rows of all ranks.
+        sizes: Input and output rows of each rank, where a layer makes the one of the other.
     """
-    op: RowOp = ROW_OPS[kind](*numbers)
-    return op.footprint(RowPartition(sizes, allow_empty=True))
+
+    plan: str
+    local: bool
+    start: int
+    rows: int
+    first: int
+    out: int
+    total: int
+    sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+
+def step_of(footprint: Footprint, rank: int) -> Step:
+    """This rank's part of a footprint, planned."""
+    plan = plan_rows(footprint.source, footprint.needs, rank=rank, edge=footprint.edge)
+    need, own = footprint.needs[rank], footprint.target.interval(rank)
+    target = footprint.target
+    sizes = footprint.source.sizes, target.sizes
+    start = need.start if isinstance(need, range) else 0
+    return Step(plan.key, footprint.is_local, start, len(need), own.start, len(own), target.rows, sizes)
+
+
+def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: bool = False) -> Tensor:
+    """The rows that a footprint says this rank reads.
+
+    Where every rank needs just its own rows, this may be ``x`` itself or a view of it, which is right before an
+    operator of torch. Functions that return what is brought ask for a ``new`` tensor, as torch's own return.
+
+    Collectives:
+        One message to and from each rank within reach; none where every rank needs just its own rows.
+    """
+    if not new:
+        follow(*step.sizes, domain, label)
+    if step.local:
+        own = marked(x) if domain.size > 1 else x  # whatever asked for the partition asks again
+        return own.clone() if new else own
+    if domain.size == 1 or torch.compiler.is_compiling():
+        rows: Tensor = ops.exchange(x, dim % x.ndim, step.plan, domain.group, label, False, True)
+        return rows
+    return exchange_rows(x, plans[step.plan], dim=dim, group=domain.process_group, label=label)
 
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])

@@ -1,4 +1,4 @@
-"""What the functions and layers here share: who takes part, who holds which rows, and bringing rows.
+"""Who takes part in an operation, and who holds which rows.
 
 Ranks cannot guess a partition from their own rows, and learn it once: see :func:`sizes_of`. Everything that follows
 from it is integers, worked out by functions marked :func:`constant`, which torch.compile runs once while it traces.
@@ -9,24 +9,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_domain.engine.footprint import Footprint
-from credit_halo import all_sum, exchange_rows, plan_rows
+from credit_halo import all_sum
 from credit_halo.extend import (
-    Bounded,
     agree,
     group_by_name,
     has_agreed,
     learn_while_tracing,
     learner,
-    marked,
-    ops,
-    plans,
 )
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
@@ -161,95 +155,3 @@ def sum_over(x: Tensor, domain: Domain) -> Tensor:
         total: Tensor = torch.ops.credit_halo.sum(x, domain.group, True)
         return total
     return all_sum(x, domain.process_group)
-
-
-# Strides and back
-
-_Strided = Bounded[tuple[str, int], tuple[tuple[int, ...], str]]
-_strided: WeakKeyDictionary[ProcessGroup, _Strided] = WeakKeyDictionary()
-
-
-def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, label: str) -> None:
-    """Refuse to come back to the rows before a stride on a partition with which they would broadcast.
-
-    Where boundaries are no multiples of a stride, neither an upsampling nor a crop after it undoes it. A skip
-    connection then adds rows of other numbers, which torch refuses unless a rank has one row on either side.
-
-    Raises:
-        ValueError: On all ranks alike, if so.
-    """
-    before, after = sum(source), sum(target)
-    if domain.size == 1 or before == after or torch.compiler.is_compiling():
-        return
-    known = _strided.setdefault(group_by_name(domain.group), Bounded(4096))
-    held, where = known.get((domain.declared, after), (target, ""))
-    if any(a != b and 1 in (a, b) for a, b in zip(held, target, strict=True)):
-        raise ValueError(
-            f"{label}: the {after} rows that {where} read as {held} over the ranks come back as {target}, so that a "
-            "skip connection would broadcast single rows; divide the rows at multiples of the model's total stride: "
-            "set manager.granularity before the height is declared"
-        )
-    if after < before and 2 * after <= before + 4:  # a stride of two or more, with some padding
-        known[domain.declared, before] = (source, label)
-
-
-def has_strides(domain: Domain) -> bool:
-    """Whether any rows were strided, on all ranks alike."""
-    return domain.size > 1 and bool(_strided.get(group_by_name(domain.group)))
-
-
-# Bringing rows
-
-
-class Step(NamedTuple):
-    """How a rank gets the rows of a footprint, in terms that compiled code can carry.
-
-    Attributes:
-        plan: Key of the plan.
-        local: Whether no rank needs more or less than its own rows, so that nothing is to be done.
-        start: First global row that this rank reads.
-        rows: Number of rows that it reads.
-        first: First global row of the output that this rank owns.
-        out: Number of output rows that it owns.
-        total: Output rows of all ranks.
-        sizes: Input and output rows of each rank, where a layer makes the one of the other.
-    """
-
-    plan: str
-    local: bool
-    start: int
-    rows: int
-    first: int
-    out: int
-    total: int
-    sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-
-
-def step_of(footprint: Footprint, rank: int) -> Step:
-    """This rank's part of a footprint, planned."""
-    plan = plan_rows(footprint.source, footprint.needs, rank=rank, edge=footprint.edge)
-    need, own = footprint.needs[rank], footprint.target.interval(rank)
-    target = footprint.target
-    sizes = footprint.source.sizes, target.sizes
-    start = need.start if isinstance(need, range) else 0
-    return Step(plan.key, footprint.is_local, start, len(need), own.start, len(own), target.rows, sizes)
-
-
-def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: bool = False) -> Tensor:
-    """The rows that a footprint says this rank reads.
-
-    Where every rank needs just its own rows, this may be ``x`` itself or a view of it, which is right before an
-    operator of torch. Functions that return what is brought ask for a ``new`` tensor, as torch's own return.
-
-    Collectives:
-        One message to and from each rank within reach; none where every rank needs just its own rows.
-    """
-    if not new:
-        follow(*step.sizes, domain, label)
-    if step.local:
-        own = marked(x) if domain.size > 1 else x  # whatever asked for the partition asks again
-        return own.clone() if new else own
-    if domain.size == 1 or torch.compiler.is_compiling():
-        rows: Tensor = ops.exchange(x, dim % x.ndim, step.plan, domain.group, label, False, True)
-        return rows
-    return exchange_rows(x, plans[step.plan], dim=dim, group=domain.process_group, label=label)
