@@ -39,7 +39,7 @@ Converter = Callable[..., nn.Module]
 """Makes the module that stands in for another, which is its argument.
 
 One that has parameters ``shard_dim`` or ``label`` is told the sharded dim and the module's name. For one with an
-attribute ``visits_children`` that is true, as an :class:`credit_domain.adapters.adapter.Adapter` has, the children are
+attribute ``visits_children`` that is true, as an :class:`credit_domain.adapters.Adapter` has, the children are
 converted as well.
 """
 
@@ -124,7 +124,7 @@ def convert_to_domain_parallel(
         custom_converters: What to do with modules that no rule knows: a mapping from a type (subclasses too, unless
             they have an entry), a class path (``"package.module.Class"``) or a predicate on the module to a function
             that takes the module and returns its replacement (see ``Converter``). They come before all rules, and
-            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.adapter.Adapter`.
+            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.Adapter`.
             They also come before the known families.
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.

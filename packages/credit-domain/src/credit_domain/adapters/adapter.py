@@ -96,7 +96,7 @@ def prove(
             return
     raise ValueError(
         f"{layer.label}: {type(layer.wrapped).__name__} has the parts of {what}, and {problem}. Pass a converter of "
-        "your own in custom_converters={...}: a subclass of credit_domain.adapters.adapter.Adapter, with its forward for "
+        "your own in custom_converters={...}: a subclass of credit_domain.adapters.Adapter, with its forward for "
         "sharded rows"
     )
 
