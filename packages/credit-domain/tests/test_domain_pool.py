@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from credit_domain.functional import adaptive_pool as DA
-from credit_domain.functional import pool as DP
-from credit_domain.layers import pool as layers
+from credit_domain.ops.pooling import adaptive_pooling as DA
+from credit_domain.ops.pooling import pooling as DP
+from credit_domain.ops.pooling import pooling_layers as layers
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows, adaptive_window, runs_of
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel

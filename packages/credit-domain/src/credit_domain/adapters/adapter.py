@@ -39,8 +39,6 @@ class Adapter(DomainParallelLayer):
 
     Args:
         module: The module to stand in for.
-        shard_dim: The sharded dim; -2 is latitude.
-        manager: Whose domain group takes part; None looks up the present one at each call.
         label: What errors and traces call it; None takes the name of the class.
     """
 

@@ -75,8 +75,6 @@ class DomainParallelPatchRecovery(_Grid):
     Args:
         module: The module to stand in for: with ``conv`` and ``img_size``, (H, W) or (levels, H, W), of the whole.
         shard_dim: The sharded dim: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -93,7 +91,6 @@ class DomainParallelPatchRecovery(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.crop`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.crop`.
@@ -123,8 +120,6 @@ class DomainParallelPatchMerging(_Grid):
     Args:
         module: The module to stand in for: with ``norm``, and ``linear``.
         shard_dim: The sharded dim, of channels first: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -144,7 +139,6 @@ class DomainParallelPatchMerging(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.pixel_unshuffle`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.pad` and :func:`credit_domain.functional.pixel_unshuffle`.
@@ -188,8 +182,6 @@ class DomainParallelPatchExpanding(_Grid):
         module: The module to stand in for: with ``linear1``, ``norm``, ``linear2`` and ``output_resolution``, the size
             of the whole: (H, W) or (levels, H, W).
         shard_dim: The sharded dim, of channels first: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -206,7 +198,6 @@ class DomainParallelPatchExpanding(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.crop`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.crop`.
@@ -244,8 +235,6 @@ class DomainParallelResizingModel(_Grid):
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -263,7 +252,6 @@ class DomainParallelResizingModel(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.interpolate`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.interpolate` and of the children.

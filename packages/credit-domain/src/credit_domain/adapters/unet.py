@@ -45,8 +45,6 @@ class DomainParallelTokenAttention(Adapter):
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim of (B, C, H, W).
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes neither.
@@ -70,7 +68,6 @@ class DomainParallelTokenAttention(Adapter):
 
         Raises:
             ValueError: As :func:`credit_domain.blocks.attention`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.blocks.attention` or :func:`credit_domain.blocks.linear_attention`.
@@ -122,7 +119,6 @@ def periodic_conv(module: nn.Module, shard_dim: int = -2, label: str | None = No
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim of (B, C, H, W).
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module pads otherwise.
@@ -155,8 +151,6 @@ class DomainParallelDecoderBlock(Adapter):
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim of (B, C, H, W).
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else.
@@ -183,7 +177,6 @@ class DomainParallelDecoderBlock(Adapter):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.interpolate`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.interpolate` and of the layers within.
@@ -221,8 +214,6 @@ class DomainParallelPadded(Adapter):
         both_sides: Whether half of it goes before the first row and column, rounded down, in place of all after the
             last.
         channels: Channels of the input; None takes those of the first convolution.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module pads otherwise.
@@ -261,7 +252,6 @@ class DomainParallelPadded(Adapter):
         Raises:
             ValueError: On all ranks alike, if a rank's rows are no multiple after padding; and as
                 :func:`credit_domain.functional.pad`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.pad`, of the layers within, and of

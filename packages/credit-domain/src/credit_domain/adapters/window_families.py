@@ -236,7 +236,6 @@ class RegroupedModule(DomainParallelLayer):
         Raises:
             ValueError: On all ranks alike, if the rows are not those of the stored resolution, or their number is none
                 that the module takes; if there are further arguments; and as :func:`credit_halo.exchange_rows`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One message to and from each rank within reach, forward and backward, before and after the module; none

@@ -16,7 +16,6 @@ class Block(nn.Module):
     """A module that hands the functions here what they need to know: ``split_windows(x, 7, **self.sharding)``.
 
     Args:
-        manager: Whose domain group takes part; None looks up the present one at each call.
         label: What errors and traces call this block, the same on every rank; None takes the name of the class.
     """
 

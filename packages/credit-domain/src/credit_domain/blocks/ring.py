@@ -53,7 +53,6 @@ def ring_attention(
         chunk: Number of keys whose scores are in memory.
         sizes: Keys of each rank.
         domain: Who takes part.
-        label: What errors and traces call this.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:

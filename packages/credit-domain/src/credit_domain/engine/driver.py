@@ -27,9 +27,7 @@ class Call(NamedTuple):
     """What every operation is told beside its own arguments.
 
     Attributes:
-        dim: The sharded dim.
         partition: Who holds which rows of the input; where None, the ranks ask each other.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
         label: What errors and traces call the operation.
         layer: The number that a layer remembers its partition by; None for a function.
     """
@@ -176,7 +174,6 @@ def run(
 
     Raises:
         ValueError: On all ranks alike, if ``call.dim`` is none of the last ``nd`` dims; and as :func:`place`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where no row is missing.

@@ -1,12 +1,4 @@
-"""What the converted layers share, and the table of them: each answers for the torch module that it wraps.
-
-Every layer is called with the module to wrap and three settings:
-
-- ``shard_dim``: the sharded dim; latitude, -2, where a layer says nothing else, or the only dim. A dim counted from the
-  first is that of batched tensors.
-- ``manager``: whose domain group takes part; None looks up the present one at each call.
-- ``label``: what errors and traces call the layer, the same on every rank; None takes the name of the class.
-"""
+"""What the converted layers share, and the table of them: each answers for the torch module that it wraps."""
 
 from __future__ import annotations
 
@@ -71,9 +63,6 @@ class DomainParallelLayer(nn.Module):
 
     Args:
         module: The torch module; it must not be used beside the wrapper.
-        shard_dim: See :mod:`credit_domain.layers`, like ``manager`` and ``label``.
-        manager: See ``shard_dim``.
-        label: See ``shard_dim``.
 
     Attributes:
         wraps: The modules that it stands for.

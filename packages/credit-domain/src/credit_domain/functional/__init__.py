@@ -1,6 +1,14 @@
 """Operations on sharded tensors, for authors of models: each is torch's own, of the whole tensor.
 
-They take and return this rank's rows. The sharded dim is ``dim``; ``partition`` says who holds which rows of the input.
+They take and return this rank's rows. All of them take these keyword arguments:
+
+- ``dim``: the sharded dim; latitude, -2, unless an operation says otherwise.
+- ``partition``: who holds which rows of the input; where None, the ranks ask each other at each call.
+- ``manager``: whose domain group takes part; None is the present one, or nobody else.
+- ``label``: what errors and traces call the operation; the same on every rank.
+
+All other arguments mean what they mean in torch, of the whole tensor, unless an operation says otherwise. All raise an
+``ExchangeError`` if a peer died, or did not answer within the timeout of the group.
 """
 
 from credit_domain.ops.conv.convolution import conv1d, conv2d, conv3d

@@ -1,4 +1,14 @@
-"""Layers on sharded rows: each wraps torch's module of the same name, and gives the numbers of one rank."""
+"""Layers on sharded rows: each wraps torch's module of the same name, and gives the numbers of one rank.
+
+All of them are made of the module to wrap and take
+
+- ``shard_dim``: the sharded dim; latitude, -2, unless a layer says otherwise, or the only dim. A dim counted from the
+  first is that of batched tensors.
+- ``manager``: whose domain group takes part; None looks up the present one at each call.
+- ``label``: what errors and traces call the layer, the same on every rank; None takes the name of the class.
+
+Their errors and collectives are those of the function of the same name in :mod:`credit_domain.functional`.
+"""
 
 from credit_domain.engine.layer import DomainParallelLayer
 from credit_domain.ops.conv.conv_layers import (

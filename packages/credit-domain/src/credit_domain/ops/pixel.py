@@ -74,9 +74,6 @@ def pixel_shuffle(
         x: This rank's rows, (..., C * upscale_factor**2, H, W).
         upscale_factor: As in torch.
         dim: The sharded dim: rows or columns.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: If ``dim`` is neither rows nor columns; on all ranks alike, if rows that were strided would come
@@ -109,14 +106,10 @@ def pixel_unshuffle(
         x: This rank's rows, (..., C, H, W).
         downscale_factor: As in torch.
         dim: The sharded dim: rows or columns.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if the rows of the whole do not divide, or ``dim`` is neither rows nor columns;
             and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank that shares a block; none where boundaries are multiples of

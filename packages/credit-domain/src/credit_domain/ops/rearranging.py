@@ -182,15 +182,10 @@ def roll(
         x: This rank's rows: any shape with a dim ``dim``.
         shifts: By how many places, for each of ``dims``.
         dims: The dims to roll along; the sharded one may be among them.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: If there is not one shift for each dim, or ``x`` has no such dim; and as
             :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where ``dim`` is not rolled.
@@ -223,14 +218,9 @@ def flip(
     Args:
         x: This rank's rows: any shape with a dim ``dim``.
         dims: The dims to reverse; the sharded one may be among them.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: If a dim is named twice, or ``x`` has no such dim; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: As :func:`roll`.
 
     Collectives:
         Those of :func:`roll`.
@@ -266,10 +256,6 @@ def crop(
         start: First global row that is kept; negative numbers count from the end.
         stop: The row after the last one that is kept; negative numbers count from the end, and None is the end.
         target: Who is to own which of the rows that are left, if not as above.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         A new tensor with this rank's share of the rows, of the same dtype and other dims.
@@ -277,7 +263,6 @@ def crop(
     Raises:
         ValueError: On all ranks alike, if there are no such rows, none would be left, or ``target`` is one of other
             rows or ranks; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: As :func:`roll`.
 
     Collectives:
         Those of :func:`roll`.
@@ -300,10 +285,6 @@ def repartition(
     Args:
         x: This rank's rows: any shape with a dim ``dim``.
         target: Who is to own which rows.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         This rank's rows under ``target``: a new tensor.
@@ -311,7 +292,6 @@ def repartition(
     Raises:
         ValueError: On all ranks alike, if ``target`` is one of other rows or ranks; and as
             :func:`credit_halo.exchange_rows`.
-        ExchangeError: As :func:`roll`.
 
     Collectives:
         Those of :func:`roll`.
@@ -334,10 +314,6 @@ def regroup(
         x: This rank's rows: any shape with a dim ``dim``.
         rows: For each rank the global rows that it wants, in order: a ``range`` or any sequence of integers, which may
             repeat. The same on every rank.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         The rows that this rank wants, of the same dtype and other dims. In the backward, gradients of rows that were
@@ -346,7 +322,6 @@ def regroup(
     Raises:
         ValueError: On all ranks alike, if there is not one list for each rank, or no such row; and as
             :func:`credit_halo.exchange_rows`.
-        ExchangeError: As :func:`roll`.
 
     Collectives:
         Those of :func:`roll`.
@@ -369,9 +344,6 @@ def regroup_back(
         x: What became of the rows that this rank was given: one row for each of ``rows[rank]``.
         rows: What :func:`regroup` was called with; over all ranks, each global row exactly once.
         target: Who is to own which rows.
-        dim: The sharded dim.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         This rank's rows under ``target``.
@@ -379,7 +351,6 @@ def regroup_back(
     Raises:
         ValueError: On all ranks alike, if a row is missing or named twice, or a rank holds other rows than ``rows``
             says; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: As :func:`roll`.
 
     Collectives:
         Those of :func:`roll`.
@@ -400,13 +371,10 @@ def partition_of(
 
     Args:
         x: This rank's rows.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
         label: What errors call this.
 
     Raises:
         ValueError: On all ranks alike, if their dtypes or other dims differ.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         A small all-gather; in compiled code only while it is traced.

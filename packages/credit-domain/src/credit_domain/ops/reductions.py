@@ -40,17 +40,13 @@ def sum(
         dims: The dims to sum over; None is all of them.
         keepdim: Keep the summed dims, with one entry.
         dtype: Of the result; None is torch's choice. Half precision is summed in float32.
-        dim: The sharded dim.
         partition: Who holds which rows of ``x``. It need not be known, and is only checked.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         The sum, the same on every rank where ``dims`` hold the sharded dim; else that of this rank's rows.
 
     Raises:
         ValueError: If there is no such dim, or one is named twice; and as :func:`credit_halo.all_sum`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One sum forward, one backward; none where ``dims`` do not hold the sharded dim.
@@ -81,17 +77,12 @@ def mean(
         dims: The dims to average over; None is all of them.
         keepdim: Keep the averaged dims, with one entry.
         dtype: Of the result; None is torch's choice. Half precision is summed in float32.
-        dim: The sharded dim.
-        partition: See :func:`sum`.
-        manager: See :func:`sum`.
-        label: See :func:`sum`.
 
     Returns:
         See :func:`sum`.
 
     Raises:
         ValueError: If the dtype has no mean; and as :func:`sum`.
-        ExchangeError: As :func:`sum`.
 
     Collectives:
         Those of :func:`sum`.
@@ -128,17 +119,12 @@ def amax(
         x: This rank's rows: any shape with a dim ``dim``, and a row on one rank at least.
         dims: The dims to reduce; None is all of them.
         keepdim: Keep the reduced dims, with one entry.
-        dim: The sharded dim.
-        partition: See :func:`sum`.
-        manager: See :func:`sum`.
-        label: See :func:`sum`.
 
     Returns:
         See :func:`sum`.
 
     Raises:
         ValueError: As :func:`sum`.
-        ExchangeError: As :func:`sum`.
 
     Collectives:
         One message to and from each rank forward, one sum backward; none where ``dims`` do not hold the sharded dim.
@@ -180,17 +166,12 @@ def var_mean(
         dims: The dims to reduce; None is all of them.
         correction: The variance is divided by the number of entries less this.
         keepdim: Keep the reduced dims, with one entry.
-        dim: The sharded dim.
-        partition: See :func:`sum`.
-        manager: See :func:`sum`.
-        label: See :func:`sum`.
 
     Returns:
         The variance and the mean; see :func:`sum`.
 
     Raises:
         ValueError: If the dtype is not a real floating-point one; and as :func:`sum`.
-        ExchangeError: As :func:`sum`.
 
     Collectives:
         One message to and from each rank, forward and backward; none where ``dims`` do not hold the sharded dim.
@@ -247,17 +228,12 @@ def logsumexp(
         x: This rank's rows: any shape with a dim ``dim``.
         dims: The dims to reduce; None is all of them.
         keepdim: Keep the reduced dims, with one entry.
-        dim: The sharded dim.
-        partition: See :func:`sum`.
-        manager: See :func:`sum`.
-        label: See :func:`sum`.
 
     Returns:
         See :func:`sum`.
 
     Raises:
         ValueError: If the dtype is not a real floating-point one; and as :func:`sum`.
-        ExchangeError: As :func:`sum`.
 
     Collectives:
         Those of :func:`var_mean`.
@@ -286,17 +262,12 @@ def softmax(
         x: This rank's rows: any shape with a dim ``dim``.
         dims: The dim along which the result sums to one.
         dtype: Of the result; None is torch's choice. Half precision is computed in float32.
-        dim: The sharded dim.
-        partition: See :func:`sum`.
-        manager: See :func:`sum`.
-        label: See :func:`sum`.
 
     Returns:
         This rank's rows of the softmax.
 
     Raises:
         ValueError: As :func:`logsumexp`.
-        ExchangeError: As :func:`sum`.
 
     Collectives:
         Those of :func:`var_mean`.

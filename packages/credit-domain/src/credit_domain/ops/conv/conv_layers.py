@@ -85,7 +85,7 @@ class _Conv(_Convolution):
 
     def _geometry(self) -> Geometry:
         m = self.wrapped
-        return geometry_of(self.weight, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+        return geometry_of(m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
 
     def _halo(self) -> tuple[int, int]:
         op = self._geometry().along(self._dim)
@@ -230,8 +230,6 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
     Args:
         periodic_conv: The module to wrap.
         shard_dim: The sharded dim: -2, rows, or -1, longitude.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module has no such ``conv`` and ``padding``.
@@ -293,7 +291,6 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
 
         Raises:
             ValueError: If there are too few rows to reflect, or as :func:`credit_domain.functional.conv2d`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One message to and from each rank within reach, forward and backward.
@@ -317,7 +314,7 @@ class _PeriodicConv2d(DomainParallelConv2d):
 
     def _geometry(self) -> Geometry:
         m, pad = self.wrapped, self.__dict__["_pad"]
-        return geometry_of(self.weight, m.stride, pad, m.dilation, m.groups, ("reflect", "circular"))
+        return geometry_of(m.kernel_size, m.stride, pad, m.dilation, m.groups, ("reflect", "circular"))
 
 
 def needs_halo(conv: nn.Module, shard_dim: int = -2) -> bool:

@@ -93,14 +93,14 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(
-    weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, modes: str | Sequence[str]
+    kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int, modes: str | Sequence[str]
 ) -> Geometry:
     """The numbers of a convolution as torch takes them; ``padding`` may also be a pair for each dim.
 
     Raises:
         ValueError: As :func:`padding_pairs`.
     """
-    kernel = tuple(weight.shape[2:])
+    kernel = tuple(kernel)
     nd = len(kernel)
     strides, dilations = per_dim(stride, nd), per_dim(dilation, nd)
     pads = padding_pairs(padding, kernel, strides, dilations, nd)
@@ -123,7 +123,7 @@ def conv1d(
     label: str = "conv1d",
 ) -> Tensor:
     """Convolve a sharded tensor (B, C, L) or (C, L); see :func:`conv2d`."""
-    geometry = geometry_of(weight, stride, padding, dilation, groups, padding_mode)
+    geometry = geometry_of(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
     return conv(x, weight, bias, geometry, Call(dim, partition, manager, label))
 
 
@@ -156,20 +156,15 @@ def conv2d(
         groups: As in torch.
         padding_mode: What lies beyond the edges of all padded dims: ``zeros``, ``reflect``, ``replicate`` or
             ``circular``, as :class:`torch.nn.Conv2d` takes it.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if the whole tensor is smaller than the kernel or than the padding mode needs,
             or ``dim`` is no spatial dim; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where no row is missing.
     """
-    geometry = geometry_of(weight, stride, padding, dilation, groups, padding_mode)
+    geometry = geometry_of(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
     return conv(x, weight, bias, geometry, Call(dim, partition, manager, label))
 
 
@@ -189,7 +184,7 @@ def conv3d(
     label: str = "conv3d",
 ) -> Tensor:
     """Convolve a sharded tensor (B, C, T, H, W) or (C, T, H, W); see :func:`conv2d`."""
-    geometry = geometry_of(weight, stride, padding, dilation, groups, padding_mode)
+    geometry = geometry_of(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
     return conv(x, weight, bias, geometry, Call(dim, partition, manager, label))
 
 

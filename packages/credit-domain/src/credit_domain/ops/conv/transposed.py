@@ -129,19 +129,10 @@ def conv_transpose2d(
         weight: The whole kernel, the same on every rank; likewise ``bias``.
         bias: Bias, or None.
         stride: As in torch, like ``padding``, ``output_padding``, ``groups`` and ``dilation``; of the whole tensor.
-        padding: See ``stride``.
-        output_padding: See ``stride``.
-        groups: See ``stride``.
-        dilation: See ``stride``.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if nothing would come out, or ``dim`` is no spatial dim; and as
             :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         Those of :func:`conv2d`.

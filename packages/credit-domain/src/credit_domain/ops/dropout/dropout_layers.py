@@ -60,7 +60,6 @@ class _ChannelDropout(DomainParallelLayer):
         Raises:
             ValueError: If the sharded dim is none that a channel extends over; on all ranks alike, if they differ in
                 the batch, the channels or the dtype.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One broadcast of the mask of channels, forward.

@@ -38,7 +38,6 @@ def dropout(
         p: Probability that an element is dropped.
         training: Drop; otherwise ``x`` is returned.
         inplace: Modify ``x``.
-        manager: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: If ``p`` is no probability.
@@ -102,14 +101,10 @@ def dropout2d(
         p: Probability that a channel is dropped.
         training: Drop; otherwise ``x`` is returned.
         inplace: Modify ``x``.
-        dim: The sharded dim.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: If ``p`` is no probability, or ``dim`` is no spatial dim; on all ranks alike, if they differ in the
             batch, the channels or the dtype.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One broadcast of the mask of channels, forward.

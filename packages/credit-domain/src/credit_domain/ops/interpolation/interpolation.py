@@ -185,15 +185,10 @@ def interpolate(
         recompute_scale_factor: As in torch.
         antialias: As in torch.
         target: Partition of the output rows.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if torch refuses to resample the whole so, ``target`` does not fit, ``dim`` is
             no spatial dim, or integers would have to be averaged; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where no row is missing.
@@ -320,13 +315,6 @@ class DomainParallelInterpolate(nn.Module):
     Args:
         size: Size of the whole output, (H, W): the global number of rows. None where ``scale_factor`` is given.
         mode: As in torch, like all further arguments up to ``antialias``.
-        shard_dim: The sharded dim; -2 is latitude.
-        scale_factor: See ``mode``.
-        align_corners: See ``mode``.
-        recompute_scale_factor: See ``mode``.
-        antialias: See ``mode``.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer; the same on every rank. None takes the name of the class.
 
     Attributes:
         halo_exchange: None: which rows a rank lacks depends on the heights, and they are asked for one by one.

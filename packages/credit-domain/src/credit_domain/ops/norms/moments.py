@@ -68,7 +68,6 @@ def normalize(
     Raises:
         ValueError: If the dtype is not a floating-point one; on all ranks alike, if dtypes or the dims that are not
             reduced differ, or a set has one value and that is refused.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One all-gather forward, one sum backward.

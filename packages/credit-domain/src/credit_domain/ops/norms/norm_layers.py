@@ -67,7 +67,6 @@ class DomainParallelGroupNorm(_Norm):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.group_norm`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One all-gather of the statistics forward, one sum backward.
@@ -89,7 +88,6 @@ class _BatchNorm(_Norm):
 
         Raises:
             ValueError: If ``x`` has other dims, or as :func:`credit_domain.functional.batch_norm`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One all-gather of the statistics forward, one sum backward; none where running statistics are used.
@@ -172,7 +170,6 @@ class _InstanceNorm(_Norm):
 
         Raises:
             ValueError: If ``x`` has other dims, or as :func:`credit_domain.functional.instance_norm`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One all-gather of the statistics forward, one sum backward; none where running statistics are used.
@@ -243,7 +240,6 @@ class DomainParallelLayerNorm(_NormOver):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.layer_norm`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One all-gather of the statistics forward, one sum backward; none where rows are not normalised over.
@@ -263,7 +259,6 @@ class DomainParallelRMSNorm(_NormOver):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.rms_norm`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :meth:`DomainParallelLayerNorm.forward`.

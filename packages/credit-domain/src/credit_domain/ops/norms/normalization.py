@@ -34,13 +34,10 @@ def group_norm(
         weight: Factor of each channel, the same on every rank, or None; likewise ``bias``.
         bias: Bias of each channel, or None.
         eps: Added to the variance.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if there are no dims after the channels, channels do not divide into groups,
             there is one value to normalise, or the ranks differ in dtype or the first two dims.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One all-gather of the statistics forward, one sum backward.
@@ -81,18 +78,14 @@ def instance_norm(
     Args:
         x: This rank's rows, (B, C, ...).
         running_mean: As in torch, of each channel; likewise ``running_var``.
-        running_var: See ``running_mean``.
         weight: Factor of each channel, the same on every rank, or None; likewise ``bias``.
         bias: Bias of each channel, or None.
         use_input_stats: Normalise by the statistics of ``x``; otherwise by the running ones.
         momentum: Weight of the statistics of ``x`` in the running ones.
         eps: Added to the variance.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: As :func:`group_norm`; with one spatial position in all.
-        ExchangeError: As :func:`group_norm`.
 
     Collectives:
         Those of :func:`group_norm`; none without ``use_input_stats``.
@@ -135,18 +128,14 @@ def batch_norm(
     Args:
         x: This rank's rows, (B, C, ...).
         running_mean: As in torch, of each channel; likewise ``running_var``.
-        running_var: See ``running_mean``.
         weight: Factor of each channel, the same on every rank, or None; likewise ``bias``.
         bias: Bias of each channel, or None.
         training: Normalise by the statistics of ``x``; otherwise by the running ones.
         momentum: Weight of the statistics of ``x`` in the running ones.
         eps: Added to the variance.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: As :func:`group_norm`; with one value of each channel in all.
-        ExchangeError: As :func:`group_norm`.
 
     Collectives:
         Those of :func:`group_norm`; none without ``training``.
@@ -204,15 +193,11 @@ def layer_norm(
         weight: Factor of that shape, whole and the same on every rank, or None; likewise ``bias``.
         bias: Bias of that shape, or None.
         eps: Added to the variance.
-        dim: The sharded dim.
         partition: Who holds which rows of ``x``; where None and it matters, the ranks ask each other at each call.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if the rows of all ranks are not as many as ``normalized_shape`` says, or the
             ranks differ in dtype or the other dims.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One all-gather of the statistics forward, one sum backward.
@@ -256,7 +241,6 @@ def rms_norm(
 
     Raises:
         ValueError: As :func:`layer_norm`.
-        ExchangeError: As :func:`layer_norm`.
 
     Collectives:
         Those of :func:`layer_norm`.

@@ -111,9 +111,6 @@ def pad_boundary(
         dim: The sharded dim: that of latitude, that of longitude, or any other, where nobody needs anything.
         lat_dim: The dim of latitude.
         lon_dim: The dim of longitude.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         This rank's part of (..., north + H + south, west + W + east), in the same dtype.
@@ -122,7 +119,6 @@ def pad_boundary(
         ValueError: On all ranks alike, if the padding reaches farther than the grid, longitudes that are to be rolled
             by half are odd in number, ``signs`` do not fit, ``target`` is one of other rows or ranks, or dims are
             wrong; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; two where longitude is sharded and rows
@@ -185,9 +181,6 @@ def unpad_boundary(
         dim: The sharded dim; see :func:`pad_boundary`.
         lat_dim: The dim of latitude.
         lon_dim: The dim of longitude.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other at each call.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Returns:
         This rank's part of (..., H, W).
@@ -195,7 +188,6 @@ def unpad_boundary(
     Raises:
         ValueError: On all ranks alike, if nothing would be left, ``target`` is one of other rows or ranks, or dims are
             wrong; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: As :func:`pad_boundary`.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where nothing is cut off along the

@@ -95,15 +95,10 @@ def pad(
         pad: Amounts as in torch, (before, after) from the last dim on; of the whole tensor.
         mode: As in torch: ``constant``, ``reflect``, ``replicate`` or ``circular``.
         value: As in torch.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if torch refuses to pad the rows of the whole so, or no row would be left; and
             as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where rows are not padded.

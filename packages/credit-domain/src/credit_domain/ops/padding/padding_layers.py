@@ -47,7 +47,9 @@ class DomainParallelPad(DomainParallelLayer):
         rows = m.padding[-2 - 2 * dim :][:2]
         if not any(rows):
             return None
-        return Padding(rows[0], rows[1], _mode_of(module), None, dim, len(m.padding) // 2 + 2, len(m.padding))
+        mode = _mode_of(module)
+        value = float(m.value).hex() if mode == "constant" else None
+        return Padding(rows[0], rows[1], mode, value, dim, len(m.padding) // 2 + 2, len(m.padding))
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad the whole of which ``x`` is this rank's part: :func:`credit_domain.functional.pad`."""
@@ -71,9 +73,6 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
 
     Args:
         branch: The module to wrap: ``torch.nn.Sequential(ZeroPad2d, Conv2d)``.
-        shard_dim: See :mod:`credit_domain.layers`.
-        manager: See :mod:`credit_domain.layers`.
-        label: See :mod:`credit_domain.layers`.
 
     Raises:
         ValueError: If the module is no such pair, the padding crops, or the convolution pads by other than zeros.
@@ -145,7 +144,6 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.conv2d`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One message to and from each rank within reach, forward and backward.
@@ -165,4 +163,4 @@ class _PaddedConv2d(DomainParallelConv2d):
 
     def _geometry(self) -> Geometry:
         m = self.wrapped
-        return geometry_of(self.weight, m.stride, self.__dict__["_pads"], m.dilation, m.groups, "zeros")
+        return geometry_of(m.kernel_size, m.stride, self.__dict__["_pads"], m.dilation, m.groups, "zeros")

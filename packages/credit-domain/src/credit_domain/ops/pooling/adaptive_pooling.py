@@ -91,15 +91,10 @@ def adaptive_avg_pool2d(
     Args:
         x: This rank's rows, (B, C, H, W) or (C, H, W), of a floating-point dtype.
         output_size: As in torch: the **global** size. None keeps a dim as it is: along the sharded dim, sharded.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if ``dim`` is no spatial dim, the size negative or the dtype not floating-point;
             and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         To one row a sum of the ranks' means, forward and backward. To more, a message to and from each rank within
@@ -154,14 +149,9 @@ def adaptive_max_pool2d(
         x: This rank's rows, (B, C, H, W) or (C, H, W), of a floating-point dtype.
         output_size: As in torch: the **global** size. None keeps a dim as it is: along the sharded dim, sharded.
         return_indices: Return a pair: the maxima, and where each is in the **whole** tensor, flat as in torch.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: As :func:`adaptive_avg_pool2d`.
-        ExchangeError: As :func:`adaptive_avg_pool2d`.
 
     Collectives:
         To one row each rank's maxima to all others, their gradients back, and their indices where asked for or where

@@ -129,20 +129,11 @@ def max_pool2d(
     Args:
         x: This rank's rows, (B, C, H, W) or (C, H, W).
         kernel_size: As in torch, like all that follow; of the whole tensor.
-        stride: See ``kernel_size``.
-        padding: See ``kernel_size``.
-        dilation: See ``kernel_size``.
-        ceil_mode: See ``kernel_size``.
         return_indices: Return a pair: the maxima, and where each is in the **whole** tensor, flat as in torch.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: On all ranks alike, if the whole tensor is smaller than the window, the padding more than half of
             it, or ``dim`` is no spatial dim; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where no row is missing.
@@ -209,19 +200,9 @@ def avg_pool2d(
     Args:
         x: This rank's rows, (B, C, H, W) or (C, H, W), of a floating-point dtype.
         kernel_size: As in torch, like all that follow; of the whole tensor.
-        stride: See ``kernel_size``.
-        padding: See ``kernel_size``.
-        ceil_mode: See ``kernel_size``.
-        count_include_pad: See ``kernel_size``.
-        divisor_override: See ``kernel_size``.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: As :func:`max_pool2d`, or if the dtype is not floating-point.
-        ExchangeError: As :func:`max_pool2d`.
 
     Collectives:
         Those of :func:`max_pool2d`.
@@ -284,17 +265,9 @@ def lp_pool2d(
     Args:
         x: This rank's rows, (B, C, H, W) or (C, H, W).
         norm_type: As in torch, like all that follow; of the whole tensor.
-        kernel_size: See ``norm_type``.
-        stride: See ``norm_type``.
-        ceil_mode: See ``norm_type``.
-        dim: The sharded dim.
-        partition: See :mod:`credit_domain.functional`.
-        manager: See :mod:`credit_domain.functional`.
-        label: See :mod:`credit_domain.functional`.
 
     Raises:
         ValueError: As :func:`max_pool2d`.
-        ExchangeError: As :func:`max_pool2d`.
 
     Collectives:
         Those of :func:`max_pool2d`.

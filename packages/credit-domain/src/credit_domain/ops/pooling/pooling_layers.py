@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from credit_domain.engine.driver import per_dim
 from credit_domain.engine.layer import DomainParallelLayer, Seen, halo_of, known_layer
 from credit_domain.engine.row_op import RowOp
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows, adaptive_avg_pool, adaptive_max_pool
-from credit_domain.ops.pooling.pooling import Windows, avg_pool, lp_pool, max_pool
+from credit_domain.ops.pooling.pooling import MaxWindows, Windows, avg_pool, lp_pool, max_pool
 from credit_mesh import DomainParallelManager
 
 
@@ -40,8 +41,12 @@ class _Pool(DomainParallelLayer):
 
 class _Window(_Pool):
     @classmethod
-    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> Windows:
+    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> RowOp:
         """See the base class."""
+        return cls._windows(module, dim)
+
+    @classmethod
+    def _windows(cls, module: nn.Module, dim: int) -> Windows:
         m: Any = module
         stride = m.kernel_size if m.stride is None else m.stride
         # Means have no dilation, and norms no padding either.
@@ -52,11 +57,16 @@ class _Window(_Pool):
     @property
     def halo_width(self) -> int:
         """The most rows that a rank reads beyond either side of its own, where its rows divide by the stride."""
-        window = self.record(self.wrapped, self._dim)
+        window = self._windows(self.wrapped, self._dim)
         return halo_of(window.padding, window.span - 1 - window.padding - (window.stride - 1))
 
 
 class _MaxPool(_Window):
+    @classmethod
+    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> MaxWindows:
+        """See the base class."""
+        return MaxWindows(cls._windows(module, dim), -math.inf)
+
     def forward(self, x: Tensor) -> Any:
         """The maxima of this rank's output rows, with their indices if asked for.
 
