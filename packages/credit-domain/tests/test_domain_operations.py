@@ -47,8 +47,6 @@ def _samples():
             f"MaxPool{n}d": lambda windows=windows, n=n: getattr(nn, f"MaxPool{n}d")(**windows),
             f"AvgPool{n}d": lambda windows=windows, n=n: getattr(nn, f"AvgPool{n}d")(**windows),
             f"LPPool{n}d": lambda args=lp, n=n: getattr(nn, f"LPPool{n}d")(2, *args),
-                2, *(k + s if n == 1 else (tuple(k), tuple(s)))
-            ),
             f"AdaptiveAvgPool{n}d": lambda s=size, n=n: getattr(nn, f"AdaptiveAvgPool{n}d")(tuple(s)),
             f"AdaptiveMaxPool{n}d": lambda s=size, n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(tuple(s)),
             f"ConstantPad{n}d": lambda s=sides, n=n: getattr(nn, f"ConstantPad{n}d")(tuple(s), 0.5),
