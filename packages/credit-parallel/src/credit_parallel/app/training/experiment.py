@@ -282,10 +282,11 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> St
     """
     path = Path(checked.config.folder) / STATISTICS
     of = _identity(checked)
+    first = context.layout.world_size == 1 or torch.distributed.get_rank() == 0
     kept: dict[str, Any] | None = None
     with together(str(path)):
-        if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
-            kept = json.loads(path.read_text()) if path.exists() else None
+        if first and path.exists():
+            kept = json.loads(path.read_text())
     kept = from_first(kept)
     labels = [channel.label for channel in checked.source.channels]
     if kept is not None and kept.get("of") == of:
@@ -293,7 +294,7 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> St
     unseen = sorted({*checked.valid} - {*checked.train})
     found = compute_statistics(checked.source, checked.train, checked.lead_steps, rows, context.manager, others=unseen)
     with together(str(path)):
-        if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
+        if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"of": of, "statistics": found.to_dict(labels)}
             write_file(path, json.dumps(content, indent=2).encode())
