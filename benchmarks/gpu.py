@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import Domain
+from credit_domain.extend import Domain
 from credit_domain.footprint import convolution
 from credit_domain.functional.borders import borders_of_conv
 from credit_domain.functional.overlap import Shape, convolve

@@ -21,7 +21,8 @@ from credit_domain import convert_to_domain_parallel, footprint
 from credit_domain.domain import domain_of
 from credit_domain.functional.borders import borders_of_conv, borders_of_transposed
 from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspose2d
-from credit_halo import EdgeRule, ops
+from credit_halo import EdgeRule
+from credit_halo.extend import ops
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

@@ -18,7 +18,7 @@ from credit_domain.blocks import WindowAttention
 from credit_domain.layers import DomainParallelPeriodicConv2d
 from credit_domain.planning import traffic
 from credit_halo import EdgeRule, plan_rows
-from credit_halo.testing import _threads, run_threads
+from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_domain_parallel
 
 
@@ -107,13 +107,13 @@ def test_bytes_are_those_that_are_sent(make, shape, monkeypatch):
     plan = plan_domain_parallel(make(), shape, 3)
     twins = [make() for _ in range(3)]
     sent: list[tuple[int, int]] = []
-    send = _threads._ThreadGroup.send
+    send = ThreadGroup.send
 
     def counting(group, tensors, dst, tag=0):
         sent.append((group.rank(), tensors[0].nbytes))
         return send(group, tensors, dst, tag)
 
-    monkeypatch.setattr(_threads._ThreadGroup, "send", counting)
+    monkeypatch.setattr(ThreadGroup, "send", counting)
 
     def rank_main(rank):
         manager = initialize_domain_parallel(3, 3)

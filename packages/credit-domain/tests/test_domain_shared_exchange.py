@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import credit_domain
 from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspose2d, DomainParallelCrossEmbedBranch
-from credit_halo import ops
+from credit_halo.extend import ops
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

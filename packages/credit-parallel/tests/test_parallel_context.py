@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from credit_halo.testing import _threads, run_processes, run_threads
+from credit_halo.testing import ThreadGroup, run_processes, run_threads
 from credit_mesh import ParallelismConfig
 from credit_parallel import ParallelContext, parallelize
 
@@ -210,13 +210,13 @@ def test_accumulation(mode):
 @pytest.mark.parametrize(("mode", "reduction"), [("ddp", "allreduce"), ("fsdp2", "reduce_scatter")])
 def test_accumulation_sends_no_gradients_before_the_last(mode, reduction, monkeypatch):
     sent: dict[int, int] = {0: 0, 1: 0}
-    original = getattr(_threads._ThreadGroup, reduction)
+    original = getattr(ThreadGroup, reduction)
 
     def counting(group, *args, **kwargs):
         sent[group._rank] += any(_numel(value) > 1 for value in args)  # a barrier sums a single number
         return original(group, *args, **kwargs)
 
-    monkeypatch.setattr(_threads._ThreadGroup, reduction, counting)
+    monkeypatch.setattr(ThreadGroup, reduction, counting)
 
     def rank_main(rank):
         context = parallelize(make(torch.float64), conf_of(mode, 1, 1), check_batches=0)

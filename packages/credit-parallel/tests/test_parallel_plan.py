@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from credit_domain import plan_domain_parallel
 from credit_domain.blocks import GlobalMean, WindowAttention
-from credit_halo.testing import _threads, run_threads
+from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh.cli import main as mesh_main
 from credit_parallel import parallelize
 from credit_parallel.app.cli import layout_command, plan_command, verify_command
@@ -246,7 +246,7 @@ def test_sums_of_tensor_parallel_ranks(tensor, messages, monkeypatch):
     """What is summed, and the rows of fused weights that change places, forward and backward, to the byte."""
     shape = (2, 3, 24, 16)
     summed: Counter[int] = Counter()
-    original = _threads._ThreadGroup.allreduce
+    original = ThreadGroup.allreduce
 
     def counting(group, tensor_list, *args, **kwargs):
         summed[group._rank] += sum(t.numel() * t.element_size() for t in tensor_list if t.numel() > 1)
@@ -265,7 +265,7 @@ def test_sums_of_tensor_parallel_ranks(tensor, messages, monkeypatch):
         dist.barrier()
         messages(False)
 
-    monkeypatch.setattr(_threads._ThreadGroup, "allreduce", counting)
+    monkeypatch.setattr(ThreadGroup, "allreduce", counting)
     run_threads(rank_main, tensor)
     cost = step_cost(make(), shape, tensor=tensor)
     assert set(summed.values()) == {cost.tensor_forward + cost.tensor_backward}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from credit_domain._torch_private import apply_to_tensors
 
+__all__ = ["cast_module", "cast_tensor", "complex_dtype", "real_dtype_of"]
+
 Module = TypeVar("Module", bound=nn.Module)
 
 _COMPLEX = {

@@ -19,6 +19,16 @@ from credit_domain.saved_names import rename_loaded
 from credit_domain.stride import granularity_of, window_sizes_of
 from credit_mesh import DomainParallelManager
 
+__all__ = [
+    "ConversionReport",
+    "ConvertedModule",
+    "Converter",
+    "ConverterKey",
+    "conversion_report",
+    "convert_to_domain_parallel",
+    "validate_sharding_constraints",
+]
+
 logger = logging.getLogger(__name__)
 
 ConverterKey = type[nn.Module] | str | Callable[[nn.Module], bool]

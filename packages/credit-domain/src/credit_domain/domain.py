@@ -16,10 +16,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_domain.footprint import Footprint
-from credit_halo import all_sum, exchange_rows, ops, plan_rows
-from credit_halo.extend import Bounded, agree, group_by_name, has_agreed, learn_while_tracing, learner
-from credit_halo.plan import plans
-from credit_halo.recompute import marked
+from credit_halo import all_sum, exchange_rows, plan_rows
+from credit_halo.extend import (
+    Bounded,
+    agree,
+    group_by_name,
+    has_agreed,
+    learn_while_tracing,
+    learner,
+    marked,
+    ops,
+    plans,
+)
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
 _F = TypeVar("_F", bound=Callable[..., Any])

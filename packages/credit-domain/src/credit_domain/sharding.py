@@ -13,8 +13,14 @@ from torch import Tensor
 
 from credit_domain.domain import domain_of, normal_dim, sizes_of
 from credit_domain.functional.rows import regroup
-from credit_halo.rows import memory_format
+from credit_halo.extend import memory_format
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
+
+__all__ = [
+    "gather_tensor",
+    "shard_batch",
+    "shard_tensor",
+]
 
 _T = TypeVar("_T")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from credit_domain.casts import real_dtype_of
 from credit_mesh import DomainParallelManager
-from credit_mesh.manager import set_aside
+from credit_mesh.extend import set_aside
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from credit_halo.rows import (
 from credit_halo.transport import InFlight, directions, start
 from credit_mesh import RowPartition
 
+__all__ = ["add_arrived", "agree_on", "arrived", "begin", "collect", "empty_halo", "exchange", "post"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -13,6 +13,8 @@ from credit_mesh.layout import AXES, RankLayout
 from credit_mesh.parallelism import ParallelismConfig
 from credit_mesh.partition import RowPartition
 
+__all__ = ["main"]
+
 MOST_COLUMNS = 16
 """Columns of the drawing, one for each (dp, tp); wider worlds show their first ones."""
 

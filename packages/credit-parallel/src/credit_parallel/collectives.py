@@ -12,8 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from credit_halo import naming_missing_ranks
-from credit_halo.agreement import agree
-from credit_halo.transport import as_bytes
+from credit_halo.extend import agree, as_bytes
 from credit_parallel.contract import device_of
 
 BUCKET_BYTES = 1 << 26

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from credit_domain import manager as manager_module
-from credit_domain.domain import domain_of, sizes_of
+from credit_domain.extend import domain_of, sizes_of
 from credit_domain.sharding import gather_tensor, shard_tensor
 from credit_halo import naming_missing_ranks, take_rows
-from credit_halo.agreement import agree
+from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_parallel
 from credit_parallel._torch_private import root_of
 from credit_parallel.collectives import allreduce_grads_avg, start_equal

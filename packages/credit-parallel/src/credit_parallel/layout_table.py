@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from credit_domain.planning import DomainPlan
+from credit_domain import DomainPlan
 from credit_mesh import RowPartition
 
 

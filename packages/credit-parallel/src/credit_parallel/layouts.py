@@ -23,11 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from credit_domain import plan_domain_parallel
+from credit_domain import DomainPlan, PlannedLayer, granularity_of, plan_domain_parallel
 from credit_domain.blocks import Block, WindowAttention
-from credit_domain.planning import DomainPlan, PlannedLayer
-from credit_domain.stride import granularity_of
-from credit_domain.trace import LayerCall, meta_copy, trace
+from credit_domain.extend import LayerCall, meta_copy, trace
 from credit_mesh import RowPartition
 from credit_parallel.blocks import Conf, blocks_of
 from credit_parallel.layout_table import LayoutPlan, LayoutPlans, Memory, Skipped, size

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from credit_domain.domain import Domain, domain_of, sizes_of
+from credit_domain.extend import Domain, domain_of, sizes_of
 from credit_halo import all_mean, all_sum
-from credit_halo.agreement import agree
+from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager, RowPartition
 from credit_parallel.latitudes import check_order, checked_latitudes
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from credit_domain.casts import cast_module, real_dtype_of
-from credit_domain.trace import meta_copy
+from credit_domain.casts import cast_module
+from credit_domain.extend import meta_copy, real_dtype_of
 from credit_parallel.blocks import Conf, blocks_of
 from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares, read_block
 from credit_parallel.tensor_parallel.validation import check_block, check_model

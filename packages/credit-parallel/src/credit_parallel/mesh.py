@@ -9,8 +9,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_mesh import data_parallel_coords, dp_world_size, get_domain_parallel_manager, parse_parallelism_conf
-from credit_mesh.mesh import build_device_mesh, logger
+from credit_mesh import (
+    build_device_mesh,
+    data_parallel_coords,
+    dp_world_size,
+    get_domain_parallel_manager,
+    parse_parallelism_conf,
+)
+from credit_mesh.extend import logger
 from credit_parallel._torch_private import flatten
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_domain.domain import ALONE, domain_of, new_layer, sizes_of
+from credit_domain.extend import ALONE, domain_of, new_layer, sizes_of
 from credit_halo import naming_missing_ranks
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 from credit_parallel.contract import device_of, gather_numbers

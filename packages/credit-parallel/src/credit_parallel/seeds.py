@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from credit_domain.domain import domain_of, sizes_of
-from credit_halo.agreement import agree
+from credit_domain.extend import domain_of, sizes_of
+from credit_halo.extend import agree
 from credit_mesh import Coords, DomainParallelManager, RowPartition, get_domain_parallel_manager
 from credit_parallel.contract import Where, device_of, place_of
 

@@ -13,8 +13,7 @@ from credit_domain.blocks.base import POINTWISE, Block, attend, wide
 from credit_domain.blocks.ring import ring_attention
 from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
 from credit_halo import plan_rows
-from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree, has_agreed
+from credit_halo.extend import agree, group_by_name, has_agreed
 from credit_mesh import DomainParallelManager, RowPartition
 
 

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from credit_domain.blocks.base import wide
 from credit_domain.domain import Domain, constant
-from credit_halo import ops, plan_rows
+from credit_halo import plan_rows
+from credit_halo.extend import ops
 from credit_mesh import RowPartition
 
 

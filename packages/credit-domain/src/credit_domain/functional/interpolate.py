@@ -17,7 +17,7 @@ from torch import Tensor
 
 from credit_domain import footprint
 from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
-from credit_halo.rows import empty_rows, memory_format
+from credit_halo.extend import empty_rows, memory_format
 from credit_mesh import DomainParallelManager, RowPartition
 
 _PICKS = ("nearest", "nearest-exact")

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from credit_domain.domain import Domain
 from credit_domain.functional.borders import Border, Borders
 from credit_domain.functional.sharing import Reader, Shared, share, within
-from credit_halo import debug, ops
-from credit_halo.fit import misfit
-from credit_halo.plan import plans
+from credit_halo.extend import debug, misfit, ops, plans
 
 Plain = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """The same convolution, of operations that torch differentiates any number of times."""

@@ -16,10 +16,7 @@ from torch import Tensor
 from credit_domain.domain import Domain
 from credit_domain.functional.borders import Borders
 from credit_domain.functional.overlap import Overlapped, Shape, backward, forward
-from credit_halo import ops
-from credit_halo._torch_private import keep_order, prepare_inductor
-from credit_halo.fit import misfit
-from credit_halo.plan import plans
+from credit_halo.extend import keep_order, misfit, ops, plans, prepare_inductor
 
 _named: dict[str, Overlapped] = {}
 

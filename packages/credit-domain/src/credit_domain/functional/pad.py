@@ -13,7 +13,7 @@ from torch import Tensor
 from credit_domain import footprint
 from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_halo import EdgeRule
-from credit_halo.recompute import marked
+from credit_halo.extend import marked
 from credit_mesh import DomainParallelManager, RowPartition
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from credit_domain import footprint
 from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_domain.functional.conv import Ints, batched, per_dim
-from credit_halo import edges
+from credit_halo import EdgeRule
+from credit_halo import constant as constant_edge
 from credit_mesh import DomainParallelManager, RowPartition
 
 _MAX: tuple[Callable[..., Any], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
@@ -335,7 +336,7 @@ def _cached_max_step(
     least: float,
     label: str,
 ) -> tuple[Step, int]:
-    plan = _windows(sizes, kernel, stride, padding, dilation, ceil_mode, edges.constant(least), label)
+    plan = _windows(sizes, kernel, stride, padding, dilation, ceil_mode, constant_edge(least), label)
     missing = max(0, -plan.needs[rank].start)
     # Rows before the first are left to torch, and come as the least number beyond the last. So where all is -inf, the
     # first row that there is gets the index and the gradient, as in torch.
@@ -350,7 +351,7 @@ def _windows(
     padding: int,
     dilation: int,
     ceil_mode: bool,
-    edge: edges.EdgeRule,
+    edge: EdgeRule,
     label: str,
 ) -> footprint.Footprint:
     source = RowPartition(sizes, allow_empty=True)
@@ -437,7 +438,7 @@ def _cached_avg_step(
     count_include_pad: bool,
     label: str,
 ) -> tuple[Step, bool]:
-    plan = _windows(sizes, kernel, stride, padding, 1, ceil_mode, edges.EdgeRule(), label)
+    plan = _windows(sizes, kernel, stride, padding, 1, ceil_mode, EdgeRule(), label)
     need, counted = plan.needs[rank], padding if count_include_pad else 0
     return step_of(plan, rank), need.start < -counted or need.stop > sum(sizes) + counted
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from credit_domain import footprint
 from credit_domain.domain import Step, bring, constant, domain_of, normal_dim, sizes_of, step_of
 from credit_domain.footprint import Footprint
-from credit_halo import EdgeRule, plan_rows
-from credit_halo.plan import Need, repartition_needs
+from credit_halo import EdgeRule, Need, plan_rows
+from credit_halo.extend import repartition_needs
 from credit_mesh import DomainParallelManager, RowPartition
 
 Ints = int | Sequence[int]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from credit_domain.domain import constant, domain_of
 from credit_domain.functional.norm import batch_norm_over, group_norm, instance_norm, layer_norm_of, rms_norm_of
 from credit_domain.layers.base import WeightedLayer
-from credit_halo._torch_private import group_by_name
+from credit_halo.extend import group_by_name
 from credit_mesh import DomainParallelManager
 
 

@@ -37,7 +37,7 @@ from credit_domain.verification.record import Recorder, tensors_in
 from credit_domain.verification.report import Difference
 from credit_halo import ExchangeError
 from credit_mesh import DomainParallelManager, RowPartition
-from credit_mesh.manager import set_aside
+from credit_mesh.extend import set_aside
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from credit_domain.saved_names import with_plain_names
+from credit_domain.extend import with_plain_names
 from credit_parallel.checkpoint.load import copy_from, open_checkpoint
 from credit_parallel.checkpoint.ranks import rank_and_size, resolve, together
 from credit_parallel.checkpoint.state import MODEL, casts, dtype_problem, load_model, model_entries, model_problem

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from credit_domain.saved_names import with_plain_names
+from credit_domain.extend import with_plain_names
 
 _original: Callable[..., Any] = nn.Module.load_state_dict
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_halo.agreement import agree
+from credit_halo.extend import agree
 from credit_parallel.tensor_parallel.declaration import Declaration, declares, makes_its_weight, read_block
 from credit_parallel.tensor_parallel.layers import divide_layer
 from credit_parallel.tensor_parallel.parameters import (

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_halo import exchange_rows, ops, plan_rows
-from credit_halo._torch_private import group_by_name
-from credit_halo.plan import plans
+from credit_halo import exchange_rows, plan_rows
+from credit_halo.extend import group_by_name, ops, plans
 from credit_mesh import RowPartition
 from credit_parallel.tensor_parallel.parameters import divide
 from credit_parallel.tensor_parallel.region import Region, sum_from_region

@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from credit_domain.layers import DomainParallelLayer
 from credit_halo import naming_missing_ranks
-from credit_halo._torch_private import group_by_name
-from credit_halo.transport import as_bytes
+from credit_halo.extend import as_bytes, group_by_name
 from credit_parallel.tensor_parallel.region import copy_to_region
 
 TP_AXIS = "tp"

@@ -21,9 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
-from credit_halo.agreement import agree
-from credit_halo.faults import break_group, refuse_broken
+from credit_halo.extend import agree, break_group, group_by_name, keep_order, prepare_inductor, refuse_broken
 
 
 def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:

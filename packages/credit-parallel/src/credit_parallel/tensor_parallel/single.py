@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree
-from credit_mesh.mesh import mesh_of
+from credit_halo.extend import agree, group_by_name
+from credit_mesh.extend import mesh_of
 from credit_parallel.contract import device_of
 from credit_parallel.tensor_parallel.declaration import unfit
 from credit_parallel.tensor_parallel.layers import divide_layer

@@ -13,7 +13,7 @@ from torch import nn
 
 from credit_domain import VerificationReport, verify_domain_parallel
 from credit_domain.casts import cast_module
-from credit_domain.trace import plain_copy
+from credit_domain.extend import plain_copy
 from credit_parallel.app.config import ModelConfig
 from credit_parallel.app.models import build_model, parse_options
 
