@@ -24,7 +24,7 @@ numbers are those of one rank.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each told in a line."""
+    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each mistake in a line."""
     parser = _parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.arguments = arguments
     from credit_halo import ExchangeError
     from credit_parallel.checkpoint.folders import CheckpointError
+    from credit_parallel.config_errors import ConfigError
 
     try:
         status: int = args.run(args)
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             raise
         where = f"[rank {rank}] " if rank else ""
-        print(f"{where}{parser.prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        for mistake in error.mistakes if isinstance(error, ConfigError) else [str(error)]:
+            print(f"{where}{parser.prog} {args.command}: {' '.join(mistake.split())}", file=sys.stderr)
         return 2
     except ExchangeError as error:
         if args.verbose:
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from credit_parallel.cli import demo, forecast, layout, plan, train, verify
+    from credit_parallel.cli import demo, forecast, layout, plan, schema, train, verify
 
     parser = argparse.ArgumentParser(
         prog="credit-parallel", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,6 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, train, forecast, plan, verify, layout):
+    for module in (demo, train, forecast, plan, verify, layout, schema):
         module.add_parser(commands)
     return parser
