@@ -158,7 +158,7 @@ def _saved(folder: Path) -> _Saved:
         raise CheckpointError(
             f"{opened.folder} is damaged: values.extra.statistics must be numbers and names of fields"
         )
-    return _Saved(opened.folder, opened.values["step"], RunConfig.from_dict(extra["config"]), statistics)
+    return _Saved(opened.folder, opened.values["step"], RunConfig.from_dict(extra["config"], tell=False), statistics)
 
 
 def _configuration(config: RunConfig, args: argparse.Namespace, world_size: int) -> RunConfig:

@@ -108,10 +108,10 @@ def check(
             f"trainer.parallelism.data: none keeps {layout.dp} replicas apart; say ddp or fsdp2, or start "
             f"{layout.tp * layout.domain} rank(s)"
         )
-    if training and trainer.batch_size % (layout.dp * trainer.accumulate):
+    if training and trainer.batch_size % (layout.dp * trainer.grad_accum_steps):
         raise ValueError(
             f"trainer.batch_size counts the samples of all replicas together: {trainer.batch_size} do not divide over "
-            f"{layout.dp} replicas in {trainer.accumulate} part(s) each"
+            f"{layout.dp} replicas in {trainer.grad_accum_steps} micro-batch(es) each (trainer.grad_accum_steps)"
         )
     source = open_source(data)
     lead_steps = lead_in_steps(source, data.lead)
