@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_parallel_checkpoint_forged import forge
 
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.values import pack, unpack
+from credit_parallel.checkpoint.json_values import pack, unpack
 from credit_parallel.cli.main import main
 from credit_parallel.config import RunConfig
 from credit_parallel.models import EXAMPLES

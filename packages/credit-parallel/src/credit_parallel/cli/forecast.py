@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from credit_mesh import ParallelismConfig
 from credit_parallel._version import __version__
-from credit_parallel.checkpoint.folders import CheckpointError
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint import CheckpointError
+from credit_parallel.checkpoint.together import together
 from credit_parallel.cli.launch import is_rank, run_ranks
 from credit_parallel.config import RunConfig
 from credit_parallel.data.checks import closest
@@ -140,8 +140,8 @@ class _Picture(NamedTuple):
 
 
 def _saved(folder: Path) -> _Saved:
+    from credit_parallel.checkpoint.json_values import unpack
     from credit_parallel.checkpoint.load import open_checkpoint
-    from credit_parallel.checkpoint.values import unpack
     from credit_parallel.training.loop import CHECKPOINTS
 
     if not folder.is_dir():

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format=f"[rank {rank}] %(message)s")
     args.arguments = arguments
     from credit_halo import ExchangeError
-    from credit_parallel.checkpoint.folders import CheckpointError
+    from credit_parallel.checkpoint import CheckpointError
 
     try:
         status: int = args.run(args)

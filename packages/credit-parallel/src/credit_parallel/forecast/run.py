@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from credit_halo import naming_missing_ranks
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.together import together
 from credit_parallel.contract import place_of
 from credit_parallel.data.forcings import Forcings
 from credit_parallel.data.source import Source

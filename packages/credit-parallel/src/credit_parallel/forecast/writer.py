@@ -16,7 +16,7 @@ from torch import Tensor
 
 from credit_halo import naming_missing_ranks
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
-from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, together
+from credit_parallel.checkpoint.together import is_distributed, rank_and_size, together
 from credit_parallel.contract import device_of, gather_numbers, place_of
 from credit_parallel.data.source import Channel, Grid
 from credit_parallel.forecast.contents import contents_of

@@ -21,8 +21,8 @@ from credit_domain.casts import cast_module
 from credit_mesh import RankLayout, RowPartition
 from credit_parallel._torch_private import allow_recompilations
 from credit_parallel.blocks import blocks_of
-from credit_parallel.checkpoint.folders import write_file
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.step_folders import write_file
+from credit_parallel.checkpoint.together import together
 from credit_parallel.config import RunConfig
 from credit_parallel.context import ParallelContext, parallelize
 from credit_parallel.data.forcings import Forcings

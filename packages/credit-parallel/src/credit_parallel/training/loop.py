@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from credit_halo import naming_missing_ranks
 from credit_parallel._version import __version__
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.ranks import owning, together
+from credit_parallel.checkpoint.together import owning, together
 from credit_parallel.data.samples import Samples
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
