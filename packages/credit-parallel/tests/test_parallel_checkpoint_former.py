@@ -93,4 +93,6 @@ def test_training_and_forecasts_go_on_from_the_former_format(tmp_path, capsys):
     assert forecast(tmp_path, capsys) == rmse
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
     assert trained(tmp_path) == losses
-    assert [path.name for path in (tmp_path / "checkpoints" / "step-00000004").glob("rank*")] == ["rank-00000.safetensors"]
+    assert [path.name for path in (tmp_path / "checkpoints" / "step-00000004").glob("rank*")] == [
+        "rank-00000.safetensors"
+    ]

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from credit_parallel.cli import demo, forecast, layout, plan, train, verify
+    from credit_parallel.cli import demo, export, forecast, layout, plan, train, verify
 
     parser = argparse.ArgumentParser(
         prog="credit-parallel", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, train, forecast, plan, verify, layout):
+    for module in (demo, train, forecast, export, plan, verify, layout):
         module.add_parser(commands)
     return parser
