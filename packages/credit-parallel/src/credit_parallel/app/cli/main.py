@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.arguments = arguments
     from credit_halo import ExchangeError
     from credit_parallel.app.config_errors import ConfigError
-    from credit_parallel.checkpoint.folders import CheckpointError
+    from credit_parallel.checkpoint import CheckpointError
 
     try:
         status: int = args.run(args)
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from credit_parallel.app.cli import (
         demo_command,
+        export_command,
         forecast_command,
         layout_command,
         plan_command,
@@ -74,7 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands_of = (demo_command, train_command, forecast_command, plan_command, verify_command, layout_command)
+    commands_of = (
+        demo_command,
+        train_command,
+        forecast_command,
+        export_command,
+        plan_command,
+        verify_command,
+        layout_command,
+    )
     for module in (*commands_of, schema_command):
         module.add_parser(commands)
     return parser
