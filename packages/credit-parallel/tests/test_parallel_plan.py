@@ -563,7 +563,7 @@ def test_plan_of_a_configuration(tmp_path, capsys):
     path = tmp_path / "config.yml"
     path.write_text(
         "data: {options: {height: 33, width: 64}, history: 2}\nmodel: {name: transformer, width: 16, heads: [2, 4]}\n"
-        "trainer: {steps: 1, batch_size: 8, accumulate: 2, activation_checkpoint: true, dtype: float64}\n"
+        "trainer: {steps: 1, batch_size: 8, grad_accum_steps: 2, activation_checkpoint: true, dtype: float64}\n"
     )
     assert command("plan", "-c", path, "--world", "8", "--json") == 0
     read = json.loads(capsys.readouterr().out)

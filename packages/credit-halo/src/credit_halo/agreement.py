@@ -15,10 +15,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from credit_halo._gloo_threads import wait_their_turn
+from credit_halo.bounded import Bounded
 from credit_halo.faults import break_group, refuse_broken
 from credit_halo.roll_call import answer_roll_calls
 
-_agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
+AGREED = 1 << 14
+"""How many things a group remembers that its ranks agreed on; all ranks forget the same."""
+
+_agreed: WeakKeyDictionary[ProcessGroup, Bounded[Hashable, None]] = WeakKeyDictionary()
 
 
 def has_agreed(group: ProcessGroup, key: Hashable) -> bool:
@@ -81,7 +85,7 @@ def agree(
     if not same:
         raise ValueError(_difference(what, texts))
     if key is not None:
-        _agreed.setdefault(group, set()).add(key)
+        _agreed.setdefault(group, Bounded(AGREED))[key] = None
     return [number[2] for number in numbers]
 
 

@@ -54,7 +54,7 @@ def describe(x: Tensor, dim: int, plan: ExchangePlan, label: str) -> str:
 def agree_on(
     x: Tensor, dim: int, plan: ExchangePlan, group: ProcessGroup, label: str, problem: str | None = None
 ) -> None:
-    """Make sure that all ranks of the group exchange the same; costs a look into a set after the first time.
+    """Make sure that all ranks of the group exchange the same; costs a look into a dict after the first time.
 
     Raises:
         ValueError: On all ranks alike, if they do not, or any has a problem. A rank that has one after all agreed

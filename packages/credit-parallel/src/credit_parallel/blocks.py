@@ -104,13 +104,6 @@ def _apply_activation_checkpointing(model: nn.Module, conf: Conf = None) -> nn.M
     as they are. May be called again. Where rows are exchanged, torch.compile leaves them alone, since torch 2.13
     cannot compile the recomputation of an exchange; a ``block.forward`` that was compiled before stays compiled.
 
-    Args:
-        model: The model.
-        conf: May list more blocks, see :func:`blocks_of`.
-
-    Returns:
-        The model.
-
     Raises:
         ValueError: If the model is sharded already: parameters would be gathered at the wrong time.
     """

@@ -80,9 +80,8 @@ class ParallelContext:
     def shard(self, batch: Any, **options: Any) -> Any:
         """This rank's rows of a batch that every tp and domain peer has read whole.
 
-        Args:
-            batch: A tensor, or nested containers of tensors; see :func:`credit_domain.sharding.shard_batch`.
-            **options: Those of :func:`credit_domain.sharding.shard_batch`.
+        Takes a tensor, or nested containers of tensors, with the options of
+        :func:`credit_domain.sharding.shard_batch`.
 
         Raises:
             ValueError: On all ranks alike, if peers have read different batches, which the first few are checked for.
@@ -107,13 +106,7 @@ class ParallelContext:
     # The loss
 
     def mean(self, values: Tensor, *, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`.
-
-        Args:
-            values: The loss of each element, not yet reduced.
-            weights: Weight of each row, for example of its latitude, of all rows or of this rank's.
-            mask: True for the elements that count.
-        """
+        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`."""
         if self.manager is None:
             return domain_mean(values, weights=weights, mask=mask)
         dim, partition = self.manager.shard_dim, self.manager.partition
@@ -167,11 +160,7 @@ class ParallelContext:
     def sync_gradients(self) -> None:
         """After the backward: average the gradients that the backward itself has not averaged.
 
-        Raises:
-            ValueError: As :func:`credit_parallel.domain.sync_domain_gradients`.
-
-        Collectives:
-            Those of :func:`credit_parallel.domain.sync_domain_gradients`.
+        Errors and collectives are those of :func:`credit_parallel.domain.sync_domain_gradients`.
         """
         with naming_missing_ranks("averaging gradients"):
             self._sync_gradients()

@@ -252,11 +252,9 @@ _DTYPE_KEYS = ("param_dtype", "reduce_dtype", "output_dtype")
 def _build_mp_policy(conf: Conf) -> MixedPrecisionPolicy:
     """The mixed precision that a configuration asks for.
 
-    Args:
-        conf: The whole configuration, or its ``trainer`` section. ``fsdp2_mp_policy`` has any of ``param_dtype``,
-            ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``, ``"BFloat16"`` or ``"Half"``, or None to
-            leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the model alike. Without it,
-            ``amp: True`` is bfloat16 parameters and float32 reductions.
+    ``fsdp2_mp_policy`` has any of ``param_dtype``, ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``,
+    ``"BFloat16"`` or ``"Half"``, or None to leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the
+    model alike. Without it, ``amp: True`` is bfloat16 parameters and float32 reductions.
 
     Raises:
         ValueError: If a key is unknown, or a value no name of a floating-point dtype.

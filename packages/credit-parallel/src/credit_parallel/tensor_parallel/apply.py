@@ -57,19 +57,12 @@ def apply_native_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -
     :class:`torch.nn.Linear` alone. A block of which a layer makes its weight (spectral normalisation, parametrisations)
     stays whole on every rank, and a warning says so. All else is as in :func:`apply_tensor_parallel`.
 
-    Args:
-        model: The model.
-        tp_mesh: The 1-D mesh of the tp axis. With None, or a single rank, no block is changed.
-
     Returns:
         The model, changed in place, with ``_tp_group`` and ``_tp_native``.
 
     Raises:
         ValueError: As :func:`apply_tensor_parallel`, and if no block declares a ``_tp_plan``; see
             :func:`supports_native_tp`.
-
-    Collectives:
-        Those of :func:`apply_tensor_parallel`.
     """
     return _apply(model, tp_mesh, native=True)
 

@@ -106,14 +106,7 @@ def makes_its_weight(block: nn.Module) -> bool:
 
 
 def read_block(name: str, block: nn.Module, size: int, native: bool) -> Declaration:
-    """Read the declarations of a block.
-
-    Args:
-        name: Its qualified name.
-        block: The block.
-        size: The tensor-parallel degree.
-        native: Whether its layers are those of a ``_tp_plan``.
-    """
+    """Read what a block declares for a tensor-parallel degree; native if by a ``_tp_plan``."""
     declaration = Declaration(name, block)
     for groups in _native_groups(declaration) if native else _groups(declaration):
         layers = [
@@ -173,12 +166,7 @@ def _read_layer(declaration: Declaration, path: str, role: str, native: bool) ->
 
 
 def unfit(layer: nn.Module, native: bool) -> str | None:
-    """Why a layer cannot be divided, if it cannot.
-
-    Args:
-        layer: The layer.
-        native: Whether it is one of a ``_tp_plan``.
-    """
+    """Why a layer cannot be divided, if it cannot; native if it is one of a ``_tp_plan``."""
     if is_parametrized(layer):
         modules = [module for name, module in layer.named_modules() if name.startswith("parametrizations.")]
         kinds = [type(module).__name__.strip("_") for module in modules if not isinstance(module, nn.ModuleList)]

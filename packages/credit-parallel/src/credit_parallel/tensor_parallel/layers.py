@@ -63,11 +63,7 @@ class _Column(_Divided):
     _dim = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """This rank's output channels.
-
-        Args:
-            x: All input channels, the same on every tp rank.
-        """
+        """This rank's output channels, from all input channels, which are the same on every tp rank."""
         x = self.tp_region.enter(x, self.tp_division.group, self.tp_division.label)
         weight, bias = self._own(self._parameters["weight"]), self._parameters["bias"]
         out: Tensor = type(self)._operator(x, weight, None if bias is None else self._own(bias))
@@ -78,10 +74,7 @@ class _Row(_Divided):
     _dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank.
-
-        Args:
-            x: This rank's input channels.
+        """All output channels, the same on every tp rank, from this rank's input channels.
 
         Raises:
             ValueError: If they are not as many as this rank's slice of the weight takes.

@@ -80,10 +80,7 @@ class _SingleRow(_Single):
     _role = "row"
 
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank.
-
-        Args:
-            x: This rank's input channels.
+        """All output channels, the same on every tp rank, from this rank's input channels.
 
         Raises:
             ValueError: If they are not as many as this rank's slice of the weight takes.
@@ -105,10 +102,7 @@ class _SingleColumn(_Single):
     _role = "column"
 
     def forward(self, x: Tensor) -> Tensor:
-        """This rank's output channels.
-
-        Args:
-            x: All input channels, the same on every tp rank.
+        """This rank's output channels, from all input channels, which are the same on every tp rank.
 
         Raises:
             ValueError: On all ranks alike, if shape, dtype or the need for a gradient of ``x`` differ.

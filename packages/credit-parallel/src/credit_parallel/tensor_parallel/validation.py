@@ -22,12 +22,7 @@ _ACROSS_CHANNELS = (
 
 
 def check_block(declaration: Declaration, size: int) -> Iterator[str]:
-    """What is wrong with a block.
-
-    Args:
-        declaration: Of the block.
-        size: The tensor-parallel degree.
-    """
+    """What is wrong with a block at a tensor-parallel degree."""
     yield from declaration.problems
     for columns, rows in declaration.pairs:
         yield from _unclear_parts(declaration, columns, rows)

@@ -24,7 +24,7 @@ numbers are those of one rank.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each told in a line."""
+    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each mistake in a line."""
     parser = _parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format=f"[rank {rank}] %(message)s")
     args.arguments = arguments
     from credit_halo import ExchangeError
-    from credit_parallel.checkpoint.folders import CheckpointError
+    from credit_parallel.app.config_errors import ConfigError
+    from credit_parallel.checkpoint import CheckpointError
 
     try:
         status: int = args.run(args)
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             raise
         where = f"[rank {rank}] " if rank else ""
-        print(f"{where}{parser.prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        for mistake in error.mistakes if isinstance(error, ConfigError) else [str(error)]:
+            print(f"{where}{parser.prog} {args.command}: {' '.join(mistake.split())}", file=sys.stderr)
         return 2
     except ExchangeError as error:
         if args.verbose:
@@ -58,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from credit_parallel.app.cli import (
         demo_command,
+        export_command,
         forecast_command,
         layout_command,
         plan_command,
+        schema_command,
         train_command,
         verify_command,
     )
@@ -71,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo_command, train_command, forecast_command, plan_command, verify_command, layout_command):
+    commands_of = (
+        demo_command,
+        train_command,
+        forecast_command,
+        export_command,
+        plan_command,
+        verify_command,
+        layout_command,
+    )
+    for module in (*commands_of, schema_command):
         module.add_parser(commands)
     return parser

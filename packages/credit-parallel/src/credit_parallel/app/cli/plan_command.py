@@ -99,7 +99,7 @@ def _of_config(args: argparse.Namespace) -> LayoutPlans:
         batch_size=trainer.batch_size if args.batch_size is None else args.batch_size,
         amp=args.amp or trainer.amp,
         activation_checkpoint=args.activation_checkpoint or trainer.activation_checkpoint,
-        accumulate=trainer.accumulate,
+        accumulate=trainer.grad_accum_steps,
         rollout=trainer.rollout,
         conf=trainer,
         dtype=trainer.dtype,

@@ -65,9 +65,9 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configuration(args: argparse.Namespace) -> RunConfig:
-    """The configuration that arguments name."""
-    config = RunConfig.from_file(args.config, args.set)
+def configuration(args: argparse.Namespace, tell: bool) -> RunConfig:
+    """The configuration that arguments name; ``tell`` as for :meth:`RunConfig.from_file`."""
+    config = RunConfig.from_file(args.config, args.set, tell=tell)
     return dataclasses.replace(config, folder=args.folder) if args.folder else config
 
 
@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
     """Check the configuration, and start the ranks, or be one of them; returns the exit status."""
     from credit_parallel.app.training.distributed import RENDEZVOUS, device_named, joined, place
 
-    config, ranks, quiet = configuration(args), args.ranks, args.quiet
-    if ranks < 1:
-        raise ValueError(f"--ranks must be 1 or more; got {ranks}")
     at = place()
     first = at.rank == 0 and RENDEZVOUS not in os.environ  # of which the process that started us has told already
+    config, ranks, quiet = configuration(args, tell=first), args.ranks, args.quiet
+    if ranks < 1:
+        raise ValueError(f"--ranks must be 1 or more; got {ranks}")
     checked = _checked(config, at.world_size if is_rank() else ranks, tell=first and not quiet)
     if args.check:
         return 0

@@ -30,8 +30,8 @@ from credit_parallel.app.data.times import seconds_ahead
 from credit_parallel.app.models import build_model
 from credit_parallel.app.training.rollout import rollout
 from credit_parallel.blocks import Conf, blocks_of
-from credit_parallel.checkpoint.folders import write_file
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.step_folders import write_file
+from credit_parallel.checkpoint.together import together
 from credit_parallel.context import ParallelContext, parallelize
 from credit_parallel.losses import cos_latitude_weights, latitude_weights
 from credit_parallel.state_dicts import from_first
@@ -108,10 +108,10 @@ def check(
             f"trainer.parallelism.data: none keeps {layout.dp} replicas apart; say ddp or fsdp2, or start "
             f"{layout.tp * layout.domain} rank(s)"
         )
-    if training and trainer.batch_size % (layout.dp * trainer.accumulate):
+    if training and trainer.batch_size % (layout.dp * trainer.grad_accum_steps):
         raise ValueError(
             f"trainer.batch_size counts the samples of all replicas together: {trainer.batch_size} do not divide over "
-            f"{layout.dp} replicas in {trainer.accumulate} part(s) each"
+            f"{layout.dp} replicas in {trainer.grad_accum_steps} micro-batch(es) each (trainer.grad_accum_steps)"
         )
     source = open_source(data)
     lead_steps = lead_in_steps(source, data.lead)
@@ -282,10 +282,11 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> St
     """
     path = Path(checked.config.folder) / STATISTICS
     of = _identity(checked)
+    first = context.layout.world_size == 1 or torch.distributed.get_rank() == 0
     kept: dict[str, Any] | None = None
     with together(str(path)):
-        if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
-            kept = json.loads(path.read_text()) if path.exists() else None
+        if first and path.exists():
+            kept = json.loads(path.read_text())
     kept = from_first(kept)
     labels = [channel.label for channel in checked.source.channels]
     if kept is not None and kept.get("of") == of:
@@ -293,7 +294,7 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> St
     unseen = sorted({*checked.valid} - {*checked.train})
     found = compute_statistics(checked.source, checked.train, checked.lead_steps, rows, context.manager, others=unseen)
     with together(str(path)):
-        if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
+        if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"of": of, "statistics": found.to_dict(labels)}
             write_file(path, json.dumps(content, indent=2).encode())

@@ -27,7 +27,7 @@ from credit_parallel.app.training.schedule import make_optimizer, make_scheduler
 from credit_parallel.app.training.scores import LeadScores
 from credit_parallel.app.training.stopping import StopOnSignal
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.ranks import owning, together
+from credit_parallel.checkpoint.together import owning, together
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
 
@@ -232,7 +232,8 @@ class _Training:
             yield fields.to(device, non_blocking=True), forcings.to(device, non_blocking=True)
 
     def take_step(self, fields: Tensor, forcings: Tensor) -> tuple[Tensor, Tensor]:
-        parts = list(zip(fields.chunk(self.config.accumulate), forcings.chunk(self.config.accumulate), strict=True))
+        count = self.config.grad_accum_steps
+        parts = list(zip(fields.chunk(count), forcings.chunk(count), strict=True))
         total = fields.new_zeros(())
         for i, (part, known) in enumerate(parts):
             with self.context.accumulate(last=i == len(parts) - 1):
@@ -240,7 +241,7 @@ class _Training:
                 loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         try:
-            norm = self.context.step(self.optimizer, self.config.clip)
+            norm = self.context.step(self.optimizer, self.config.max_grad_norm)
         except ValueError as error:
             raise ValueError(
                 f"step {self.step + 1}: {error}; lower trainer.lr, or look at the data. The last checkpoint is "
