@@ -31,12 +31,12 @@ def adaptive_window(row: int, rows: int, out: int) -> range:
 
 @row_op
 class AdaptiveWindows(NamedTuple):
-    """Pooling to a number of rows, two or more; -1 keeps their number.
+    """Pooling to a number of rows, two or more; None keeps their number.
 
     Output row ``i`` reads the rows of :func:`adaptive_window`; its owner is that of the first of them.
     """
 
-    rows: int
+    rows: int | None
 
     def footprint(self, source: RowPartition) -> Footprint:
         """See the class.
@@ -44,7 +44,7 @@ class AdaptiveWindows(NamedTuple):
         Raises:
             ValueError: If the number of output rows is negative.
         """
-        rows = source.rows if self.rows == -1 else self.rows
+        rows = source.rows if self.rows is None else self.rows
         if rows < 0:
             raise ValueError(f"the output of adaptive pooling must have 0 rows or more; got {rows}")
         ends = [-(-offset * rows // source.rows) for offset in source.offsets]
@@ -293,7 +293,7 @@ def _to_rows(
             parts.append((out, *(global_index(each, part, nd, dim, first, total) for each in index)))
         return parts[0] if len(parts) == 1 else tuple(torch.cat(each, dim) for each in zip(*parts, strict=True))
 
-    return run(AdaptiveWindows(-1 if wanted is None else wanted), x, call, nd, whole, part)
+    return run(AdaptiveWindows(wanted), x, call, nd, whole, part)
 
 
 @constant

@@ -98,7 +98,7 @@ class _Adaptive(_Pool):
     def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> RowOp | None:
         """None to a single row, which reduces over all of them; see the base class."""
         wanted = per_dim(module.output_size, cls.spatial)[dim]
-        return None if wanted == 1 else AdaptiveWindows(-1 if wanted is None else wanted)
+        return None if wanted == 1 else AdaptiveWindows(wanted)
 
 
 class _AdaptiveAvgPool(_Adaptive):
