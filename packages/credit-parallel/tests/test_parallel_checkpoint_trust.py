@@ -21,7 +21,7 @@ from credit_parallel.app.training.experiment import check
 from credit_parallel.app.training.loop import train
 from credit_parallel.app.trust import restricted
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.values import pack, unpack
+from credit_parallel.checkpoint.json_values import pack, unpack
 
 CONF = {
     "data": {"options": {"height": 6, "width": 8, "trajectories": 2, "times": 8}, "valid": [0.5, 1.0]},

@@ -17,8 +17,8 @@ from credit_parallel._version import __version__
 from credit_parallel.app.cli.launch import is_rank, run_ranks
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.data.checks import closest
-from credit_parallel.checkpoint.folders import CheckpointError
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint import CheckpointError
+from credit_parallel.checkpoint.together import together
 
 if TYPE_CHECKING:
     import torch
@@ -141,8 +141,8 @@ class _Picture(NamedTuple):
 
 def _saved(folder: Path) -> _Saved:
     from credit_parallel.app.training.loop import CHECKPOINTS
+    from credit_parallel.checkpoint.json_values import unpack
     from credit_parallel.checkpoint.load import open_checkpoint
-    from credit_parallel.checkpoint.values import unpack
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of a training, nor one of its checkpoints")

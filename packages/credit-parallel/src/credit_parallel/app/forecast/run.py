@@ -17,7 +17,7 @@ from credit_parallel.app.data.times import calendar_of, seconds_ahead
 from credit_parallel.app.forecast.writer import ForecastWriter
 from credit_parallel.app.training.experiment import Experiment
 from credit_parallel.app.training.scores import LeadScores
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.together import together
 from credit_parallel.contract import place_of
 
 WHAT = "forecast"

@@ -27,7 +27,7 @@ from credit_parallel.app.training.schedule import make_optimizer, make_scheduler
 from credit_parallel.app.training.scores import LeadScores
 from credit_parallel.app.training.stopping import StopOnSignal
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.ranks import owning, together
+from credit_parallel.checkpoint.together import owning, together
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
 

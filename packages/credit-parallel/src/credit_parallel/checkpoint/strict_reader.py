@@ -2,12 +2,13 @@
 
 Whoever wrote a checkpoint can write its checksums too, so these are no proof of anything. What passes here has the keys
 and types that a save writes; its tensors are covered by chunks that lie in files of the checkpoint, of which no two
-share a value or a byte, so that no more memory is ever asked for than the files are large.
+share a value or a byte, so that no more memory is ever asked for than the files are large. The headers of the files,
+which ``safetensors`` reads and checks, must say the same.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import math
 import re
@@ -17,16 +18,18 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from credit_parallel.checkpoint.storage import Chunk, Stored, refuse_uncovered
-from credit_parallel.checkpoint.values import DEEPEST, names_in
+from credit_parallel.checkpoint.former_format import FORMER, refuse_misplaced
+from credit_parallel.checkpoint.json_values import DEEPEST, names_in
+from credit_parallel.checkpoint.saved_tensors import Chunk, Stored, dtype_of, refuse_uncovered
+from credit_parallel.checkpoint.tensor_files import TensorFiles, form_of
 
-FORMAT = 1
+FORMAT = 2
+INDEX, MANIFEST = "index.json", "manifest.json"
 _MOST_MANIFEST, _MOST_INDEX = 1 << 26, 1 << 30
 _NUMBER = 1 << 62
 _MOST_STATE_OF_GENERATORS = 1 << 20
 _WHOLE = {"model": "model/", "scheduler": "scheduler", "scaler": "scaler", "sampler": "sampler", "extra": "extra"}
 """Values whose tensors one rank has written whole, and how their names begin."""
-_DTYPES = re.compile(r"bool|bfloat16|float(16|32|64)|float8_\w+|u?int(8|16|32|64)|complex(32|64|128)")
 
 
 class CheckpointError(RuntimeError):
@@ -49,12 +52,14 @@ class Manifest(NamedTuple):
     """What a complete checkpoint consists of.
 
     Attributes:
+        form: The format.
         step: The step it was saved at.
         sequence: How many were saved in this folder before, those removed since included.
         digest: SHA-256 of the index.
         files: Size and CRC-32 of each file of tensors, by name.
     """
 
+    form: int
     step: int
     sequence: int
     digest: str
@@ -73,15 +78,16 @@ class Index(NamedTuple):
     values: dict[str, Any]
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest.
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint.
 
     Raises:
         NewerFormatError: If it is of a later format.
         CheckpointError: If it is missing, or is no manifest; it names the file and the key.
     """
+    path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} is no complete checkpoint: {path.name} is missing")
+        raise CheckpointError(f"{folder} is no complete checkpoint: {path.name} is missing")
     data = _parsed(path, _bytes_of(path, _MOST_MANIFEST))
     found = _Checks(path)
     found.keys(data, "", ("format",))
@@ -90,12 +96,12 @@ def read_manifest(path: Path) -> Manifest:
         sequence = data.get("sequence")
         known = sequence if isinstance(sequence, int) and not isinstance(sequence, bool) and sequence >= 0 else None
         raise NewerFormatError(
-            f"{path.parent} is of format {form}, and this version reads format {FORMAT}: install a later version of "
+            f"{folder} is of format {form}, and this version reads formats up to {FORMAT}: install a later version of "
             "credit-parallel, or move the folder elsewhere to go on from an older checkpoint",
             known,
         )
-    if form != FORMAT:
-        found.wrong("format", form, f"{FORMAT}")
+    if form not in (FORMER, FORMAT):
+        found.wrong("format", form, f"{FORMER} or {FORMAT}")
     found.keys(data, "", ("step", "sequence", "index", "files"))
     digest, files = data["index"], data["files"]
     if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
@@ -110,6 +116,7 @@ def read_manifest(path: Path) -> Manifest:
         found.number(entry[0], f"files.{name}", 0)
         found.number(entry[1], f"files.{name}", 0, 1 << 32)
     return Manifest(
+        form,
         found.number(data["step"], "step", 0),
         found.number(data["sequence"], "sequence", 0),
         digest,
@@ -117,31 +124,50 @@ def read_manifest(path: Path) -> Manifest:
     )
 
 
-def index_bytes(path: Path) -> bytes | None:
-    """The content of an index; None if it is not there."""
-    return _bytes_of(path, _MOST_INDEX) if path.is_file() else None
-
-
-def parse_index(path: Path, content: bytes, manifest: Manifest) -> Index:
-    """Check an index.
-
-    Args:
-        path: Its file, for messages.
-        content: What is in it.
-        manifest: Of the same checkpoint.
+def read_index(folder: Path, manifest: Manifest) -> Index:
+    """Read and check the index of a checkpoint.
 
     Raises:
-        CheckpointError: If it is no index of this checkpoint; it names the file and the key.
+        CheckpointError: If it is not the one that was saved, or makes no sense; it names the file and the key.
     """
+    path = folder / INDEX
+    content = _bytes_of(path, _MOST_INDEX) if path.is_file() else None
+    if content is None or hashlib.sha256(content).hexdigest() != manifest.digest:
+        what = "is missing" if content is None else "is not what was saved: its checksum differs"
+        raise CheckpointError(f"{folder} is damaged: {INDEX} {what}")
     found, data = _Checks(path), _parsed(path, content)
     found.keys(data, "", ("tensors", "values"))
     tensors, values = data["tensors"], data["values"]
     if not isinstance(tensors, dict):
         found.wrong("tensors", tensors, "tensors by their names")
-    stock = {name: _stored(found, name, entry, manifest.files) for name, entry in tensors.items()}
-    _refuse_shared_bytes(found, stock)
+    stock = {name: _stored(found, name, entry, manifest) for name, entry in tensors.items()}
+    if manifest.form == FORMER:
+        try:
+            refuse_misplaced(stock, {name: size for name, (size, _) in manifest.files.items()})
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
     _check_values(found, values, stock, manifest)
     return Index(stock, values)
+
+
+def check_tensor_files(folder: Path, index: Index) -> None:
+    """Make sure that the files have the tensors of the index, of the same dtypes and shapes; no values are read.
+
+    Raises:
+        CheckpointError: If not; it names the file and the tensor.
+    """
+    files = TensorFiles(folder, index.stock)
+    for name, stored in index.stock.items():
+        for chunk in stored.chunks:
+            try:
+                form = files.form(name, chunk)
+            except Exception as error:
+                raise CheckpointError(f"{folder} is damaged: {chunk.file} cannot be read for {name}: {error}") from None
+            if form != (wanted := form_of(stored.dtype, chunk.sizes)):
+                raise CheckpointError(
+                    f"{folder} is damaged: {chunk.file} has {name} as {form[0]} of shape {form[1]}, and {INDEX} as "
+                    f"{wanted[0]} of shape {wanted[1]}"
+                )
 
 
 class _Checks:
@@ -202,47 +228,35 @@ def _parsed(path: Path, content: bytes) -> Any:
         raise _damaged(path, f"it is no JSON: {error}") from None
 
 
-def _stored(found: _Checks, name: str, entry: Any, files: Mapping[str, tuple[int, int]]) -> Stored:
+def _stored(found: _Checks, name: str, entry: Any, manifest: Manifest) -> Stored:
     key = f"tensors.{name}"
     found.keys(entry, key, ("dtype", "shape", "chunks"))
-    dtype = getattr(torch, entry["dtype"], None) if isinstance(entry["dtype"], str) else None
-    if not isinstance(dtype, torch.dtype) or not _DTYPES.fullmatch(entry["dtype"]):
+    dtype = dtype_of(entry["dtype"])
+    if dtype is None:
         found.wrong(f"{key}.dtype", entry["dtype"], "a dtype of torch")
     shape = found.numbers(entry["shape"], f"{key}.shape", 0)
     if len(shape) > 64 or math.prod(shape) * dtype.itemsize >= _NUMBER:
         found.wrong(f"{key}.shape", entry["shape"], "the shape of a tensor")
     if not isinstance(entry["chunks"], list):
         found.wrong(f"{key}.chunks", entry["chunks"], "a list of chunks")
-    chunks = []
+    chunks: list[Chunk] = []
+    former = manifest.form == FORMER
     for i, part in enumerate(entry["chunks"]):
         at = f"{key}.chunks.{i}"
-        if not (isinstance(part, list) and len(part) == 4):
-            found.wrong(at, part, "offsets, sizes, a file and a position in it")
+        if not (isinstance(part, list) and len(part) == 3 + former):
+            found.wrong(at, part, f"offsets, sizes and a file{' and a position in it' if former else ''}")
         offsets, sizes = (found.numbers(numbers, at, least) for least, numbers in enumerate(part[:2]))
-        if not isinstance(part[2], str) or part[2] not in files:
+        if not isinstance(part[2], str) or part[2] not in manifest.files:
             raise _damaged(found.path, f"{at} names files that are no part of it: {str(part[2])[:80]!r}")
-        chunks.append(Chunk(offsets, sizes, part[2], found.number(part[3], at, 0)))
+        chunks.append(Chunk(offsets, sizes, part[2], found.number(part[3], at, 0) if former else 0))
     stored = Stored(dtype, shape, tuple(chunks))
     try:
         refuse_uncovered(key, stored)
     except ValueError as error:
         raise _damaged(found.path, str(error)) from None
-    for chunk in chunks:
-        size, nbytes = files[chunk.file][0], math.prod(chunk.sizes) * dtype.itemsize
-        if chunk.start % dtype.itemsize or chunk.start + nbytes > size:
-            raise _damaged(found.path, f"{key} lies at {chunk.start} of {chunk.file}, which has {size} bytes")
+    if not former and len({chunk.file for chunk in chunks}) < len(chunks):
+        found.wrong(f"{key}.chunks", entry["chunks"], "in a file each")
     return stored
-
-
-def _refuse_shared_bytes(found: _Checks, stock: Mapping[str, Stored]) -> None:
-    parts = sorted(
-        (chunk.file, chunk.start, chunk.start + math.prod(chunk.sizes) * stored.dtype.itemsize, name)
-        for name, stored in stock.items()
-        for chunk in stored.chunks
-    )
-    for (file, _, stop, name), (next_file, start, _, other) in itertools.pairwise(parts):
-        if file == next_file and start < stop:
-            raise _damaged(found.path, f"tensors.{name} and tensors.{other} share bytes of {file}")
 
 
 def _check_values(found: _Checks, values: Any, stock: Mapping[str, Stored], manifest: Manifest) -> None:

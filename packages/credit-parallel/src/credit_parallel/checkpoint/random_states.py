@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from credit_mesh import RankLayout
-from credit_parallel.checkpoint.reading import CheckpointError
+from credit_parallel.checkpoint.strict_reader import CheckpointError
 from credit_parallel.seeds import seed_ranks
 
 

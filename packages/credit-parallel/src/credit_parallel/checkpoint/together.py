@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import nn
@@ -14,10 +14,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from credit_halo import ExchangeError, naming_missing_ranks
 from credit_mesh import RankLayout
-from credit_parallel.checkpoint.folders import CheckpointError
-from credit_parallel.checkpoint.owner import claim, release
+from credit_parallel.checkpoint.folder_owner import claim, release
+from credit_parallel.checkpoint.strict_reader import CheckpointError
 from credit_parallel.contract import gather_numbers, place_of
 from credit_parallel.domain import get_raw_model, manager_of
+
+
+class Context(Protocol):
+    """What is asked of a context: :class:`credit_parallel.context.ParallelContext` is one."""
+
+    model: nn.Module
+    """The model, wrapped or not."""
+    layout: RankLayout
+    """Sizes of the axes."""
 
 
 def is_distributed() -> bool:
@@ -30,7 +39,7 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
-def resolve(target: Any) -> tuple[nn.Module, RankLayout]:
+def resolve(target: Context | nn.Module) -> tuple[nn.Module, RankLayout]:
     """The plain model of a context, or of a model that may be wrapped, and the layout of the ranks."""
     if not isinstance(target, nn.Module):
         return get_raw_model(target.model), target.layout

@@ -19,30 +19,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from credit_parallel.checkpoint import reading
-from credit_parallel.checkpoint.reading import FORMAT, CheckpointError, Index, Manifest, NewerFormatError
-
-__all__ = ["CheckpointError", "Manifest", "NewerFormatError", "check", "commit", "latest", "prune", "start"]
+from credit_parallel.checkpoint.strict_reader import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    NewerFormatError,
+    check_tensor_files,
+    read_index,
+    read_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
-INDEX, MANIFEST = "index.json", "manifest.json"
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 _PARTIAL = ".partial-"
 
 
-def read_manifest(step_folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        NewerFormatError: If it is of a later format.
-        CheckpointError: If it is missing, or damaged.
-    """
-    return reading.read_manifest(step_folder / MANIFEST)
-
-
-def check(step_folder: Path) -> Manifest:
-    """Make sure that all files of a checkpoint are there, of their sizes.
+def check(step_folder: Path) -> None:
+    """Make sure that all files of a checkpoint are there, of their sizes, with the tensors of the index.
 
     Raises:
         CheckpointError: If not; it names them.
@@ -56,24 +52,11 @@ def check(step_folder: Path) -> Manifest:
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             problems.append(f"{name} is missing" if found is None else f"{name} has {found} of {size} bytes")
-    read_index(step_folder, manifest)
+    index = read_index(step_folder, manifest)
     if problems:
         raise CheckpointError(f"{step_folder} is damaged: {'; '.join(problems[:8])}")
-    return manifest
-
-
-def read_index(step_folder: Path, manifest: Manifest) -> Index:
-    """The index of a checkpoint, checked from end to end.
-
-    Raises:
-        CheckpointError: If it is not the one that was saved, or makes no sense.
-    """
-    path = step_folder / INDEX
-    content = reading.index_bytes(path)
-    if content is None or hashlib.sha256(content).hexdigest() != manifest.digest:
-        what = "is missing" if content is None else "is not what was saved: its checksum differs"
-        raise CheckpointError(f"{step_folder} is damaged: {INDEX} {what}")
-    return reading.parse_index(path, content, manifest)
+    if manifest.form == FORMAT:
+        check_tensor_files(step_folder, index)
 
 
 def check_contents(step_folder: Path, names: Sequence[str], manifest: Manifest) -> None:

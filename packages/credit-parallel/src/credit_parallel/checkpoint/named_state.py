@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from credit_parallel.checkpoint.reading import CheckpointError
-from credit_parallel.checkpoint.storage import Stock
-from credit_parallel.checkpoint.values import names_in, pack, unpack
+from credit_parallel.checkpoint.json_values import names_in, pack, unpack
+from credit_parallel.checkpoint.saved_tensors import Stock, name_of
+from credit_parallel.checkpoint.strict_reader import CheckpointError
 from credit_parallel.state_dicts import is_plain_part, names_of, optimizer_misfits, plain_name
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def changed_settings(mine: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[
 def dtype_problem(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> str:
     """Which complex tensors would lose their imaginary parts; empty if none would."""
     lost = [
-        f"{name} is {_short(saved[name])} there, {_short(p.dtype)} here"
+        f"{name} is {name_of(saved[name])} there, {name_of(p.dtype)} here"
         for name, p in own.items()
         if name in saved and saved[name].is_complex and not p.is_complex()
     ]
@@ -196,13 +196,9 @@ def casts(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> list[s
         if name in saved and saved[name] != p.dtype:
             counts.setdefault((saved[name], p.dtype), []).append(name)
     return [
-        f"{len(names)} tensor(s) from {_short(there)} to {_short(here)} ({names[0]}{', ...' if names[1:] else ''})"
+        f"{len(names)} tensor(s) from {name_of(there)} to {name_of(here)} ({names[0]}{', ...' if names[1:] else ''})"
         for (there, here), names in counts.items()
     ]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def model_problem(
