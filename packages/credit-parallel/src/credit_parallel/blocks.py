@@ -5,58 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from credit_mesh import ParallelismConfig
 from credit_parallel.domain import manager_of
+from credit_parallel.trainer_section import Conf, trainer_of
 
 logger = logging.getLogger(__name__)
 
 BLOCK_CLASSES = ("Transformer", "UpBlock", "UpBlockPS")
 """Names of classes whose instances are blocks; others opt in with ``_fsdp2_shard = True``."""
-
-
-class Trainer(Protocol):
-    """A ``trainer`` section with types: its keys are attributes, and a key that it lacks has its default."""
-
-    @property
-    def parallelism(self) -> ParallelismConfig:
-        """The parallelism block."""
-        ...
-
-
-Conf: TypeAlias = Mapping[str, Any] | Trainer | None
-"""A whole configuration, or its ``trainer`` section, as YAML has it or with types."""
-
-
-def trainer_of(conf: Conf) -> Mapping[str, Any]:
-    """The ``trainer`` section of a configuration, or the section itself; empty of None."""
-    section = conf.get("trainer", conf) if isinstance(conf, Mapping) else conf
-    if section is None:
-        return {}
-    if isinstance(getattr(section, "parallelism", None), ParallelismConfig):
-        return vars(section)
-    if not isinstance(section, Mapping):
-        raise ValueError(f"conf must be a mapping with a trainer section; got {conf!r}")
-    return section
-
-
-def flag(section: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """A switch of a configuration.
-
-    Raises:
-        ValueError: If it is no bool; a text such as "false" would count as true.
-    """
-    value = section.get(key, default)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false; got {value!r}")
-    return bool(value)
 
 
 def _has_fsdp2_shard(module: nn.Module) -> bool:

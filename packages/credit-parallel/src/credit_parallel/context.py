@@ -27,7 +27,7 @@ from credit_mesh import (
     initialize_domain_parallel,
     parse_parallelism_conf,
 )
-from credit_parallel.blocks import Trainer, _apply_activation_checkpointing, flag, trainer_of
+from credit_parallel.blocks import _apply_activation_checkpointing
 from credit_parallel.buffers import sync_buffers, tell_replica_statistics
 from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_checkpoint
 from credit_parallel.collectives import clip_grad_norm_
@@ -41,6 +41,7 @@ from credit_parallel.reducer import reducer_of
 from credit_parallel.sampler import DataParallelSampler, data_parallel_sampler
 from credit_parallel.seeds import RankSeeds, seed_ranks
 from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
+from credit_parallel.trainer_section import Trainer, flag, trainer_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_parallel._torch_private import leave_to_others
-from credit_parallel.blocks import Conf, flag, is_sharded, trainer_of
+from credit_parallel.blocks import is_sharded
 from credit_parallel.buffers import sync_before_forward
 from credit_parallel.collectives import broadcast_tensors, local_of, start_equal
 from credit_parallel.domain import manager_of
 from credit_parallel.mesh import covers_domain
 from credit_parallel.reducer import BUCKET_BYTES, GradientReducer
+from credit_parallel.trainer_section import Conf, flag, trainer_of
 
 logger = logging.getLogger(__name__)
 

@@ -24,13 +24,10 @@ from credit_mesh import AXES, RankLayout
 from credit_parallel._torch_private import flatten, is_view
 from credit_parallel.blocks import (
     BLOCK_CLASSES,
-    Conf,
     _apply_activation_checkpointing,
     _has_fsdp2_shard,
     blocks_of,
-    flag,
     is_sharded,
-    trainer_of,
 )
 from credit_parallel.collectives import start_equal
 from credit_parallel.domain import get_raw_model, manager_of
@@ -42,6 +39,7 @@ from credit_parallel.state_dicts import (
     fsdp2_optimizer_state_dict,
     fsdp2_state_dict,
 )
+from credit_parallel.trainer_section import Conf, flag, trainer_of
 
 __all__ = [
     "BLOCK_CLASSES",

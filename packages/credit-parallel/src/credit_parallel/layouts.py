@@ -27,9 +27,10 @@ from credit_domain import DomainPlan, PlannedLayer, granularity_of, plan_domain_
 from credit_domain.blocks import Block, WindowAttention
 from credit_domain.extend import LayerCall, meta_copy, trace
 from credit_mesh import RowPartition
-from credit_parallel.blocks import Conf, blocks_of
+from credit_parallel.blocks import blocks_of
 from credit_parallel.layout_table import LayoutPlan, LayoutPlans, Memory, Skipped, size
 from credit_parallel.memory import StepCost, step_cost
+from credit_parallel.trainer_section import Conf
 
 __all__ = ["LayoutPlan", "LayoutPlans", "Memory", "Skipped", "plan_layouts"]
 

@@ -17,9 +17,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from credit_domain.casts import cast_module
 from credit_domain.extend import meta_copy, real_dtype_of
-from credit_parallel.blocks import Conf, blocks_of
+from credit_parallel.blocks import blocks_of
 from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares, read_block
 from credit_parallel.tensor_parallel.validation import check_block, check_model
+from credit_parallel.trainer_section import Conf
 
 
 @dataclass(frozen=True)

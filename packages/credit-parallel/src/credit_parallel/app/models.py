@@ -138,10 +138,10 @@ def module_class(name: str) -> type[nn.Module]:
 
 
 def _found(name: str, *, here: bool) -> Any:
-    present = _present(EXAMPLES.get(name, name))
-    if present not in (name, EXAMPLES.get(name)):
-        logger.warning("the model %s is %s today: it is read all the same", name, present)
-    module_name, colon, attribute = present.partition(":")
+    given = EXAMPLES.get(name, name)
+    if _present(given) != given:
+        logger.warning("the model %s is %s today: it is read all the same", name, _present(given))
+    module_name, colon, attribute = _present(given).partition(":")
     if not (colon and module_name and attribute):
         listed = f"{', '.join(EXAMPLES)}, or package.module:factory"
         raise ValueError(f"model must be one of {listed}; got {name!r}{_meant(name, EXAMPLES)}")

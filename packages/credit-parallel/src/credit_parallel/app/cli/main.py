@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from credit_parallel._version import __version__
+
+COMMANDS = ("demo", "train", "forecast", "export", "plan", "verify", "layout", "schema")
 
 DESCRIPTION = """\
 Train weather and climate models whose samples are shared by several ranks: each holds some latitude rows, and the
@@ -58,32 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from credit_parallel.app.cli import (
-        demo_command,
-        export_command,
-        forecast_command,
-        layout_command,
-        plan_command,
-        schema_command,
-        train_command,
-        verify_command,
-    )
-
     parser = argparse.ArgumentParser(
         prog="credit-parallel", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands_of = (
-        demo_command,
-        train_command,
-        forecast_command,
-        export_command,
-        plan_command,
-        verify_command,
-        layout_command,
-    )
-    for module in (*commands_of, schema_command):
-        module.add_parser(commands)
+    for name in COMMANDS:
+        importlib.import_module(f"credit_parallel.app.cli.{name}_command").add_parser(commands)
     return parser

@@ -11,8 +11,8 @@ from torch import nn
 from credit_domain.casts import cast_module
 from credit_parallel.app.config import ModelConfig, RunConfig
 from credit_parallel.app.models import build_model, parse_options
-from credit_parallel.blocks import Conf
 from credit_parallel.layouts import LayoutPlans, plan_layouts
+from credit_parallel.trainer_section import Conf
 
 EPILOG = """\
 Each line of the table is a layout: how replicas are kept in step (data), how many there are (dp), how many ranks share

@@ -29,12 +29,13 @@ from credit_parallel.app.data.statistics import Statistics, compute_statistics
 from credit_parallel.app.data.times import seconds_ahead
 from credit_parallel.app.models import build_model
 from credit_parallel.app.training.rollout import rollout
-from credit_parallel.blocks import Conf, blocks_of
+from credit_parallel.blocks import blocks_of
 from credit_parallel.checkpoint.step_folders import write_file
 from credit_parallel.checkpoint.together import together
 from credit_parallel.context import ParallelContext, parallelize
 from credit_parallel.losses import cos_latitude_weights, latitude_weights
 from credit_parallel.state_dicts import from_first
+from credit_parallel.trainer_section import Conf
 
 logger = logging.getLogger(__name__)
 
