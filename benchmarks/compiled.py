@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from credit_halo.testing import run_processes
 from credit_parallel import ParallelContext, parallelize
+from credit_parallel.app.examples.transformer import Transformer
+from credit_parallel.app.examples.unet import UNet
 from credit_parallel.blocks import blocks_of
-from credit_parallel.examples.transformer import Transformer
-from credit_parallel.examples.unet import UNet
 
 TOLERANCE = 1e-5
 BACKEND = {False: "inductor", True: "aot_eager"}

@@ -24,8 +24,8 @@ from credit_domain import (
     verify_domain_parallel,
 )
 from credit_halo.testing import run_processes
-from credit_parallel.examples.transformer import Transformer
-from credit_parallel.examples.unet import UNet
+from credit_parallel.app.examples.transformer import Transformer
+from credit_parallel.app.examples.unet import UNet
 from credit_parallel.layouts import plan_layouts
 
 CHANNELS = 8

@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from credit_domain import DomainPlan, plan_domain_parallel
-from credit_parallel.examples.unet import UNet
+from credit_parallel.app.examples.unet import UNet
 
 
 @dataclass(frozen=True)

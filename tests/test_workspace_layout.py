@@ -25,6 +25,17 @@ def test_no_two_modules_of_the_tests_share_a_name():
     assert not shared
 
 
+def test_no_two_files_of_the_packages_share_a_name():
+    # But for names of the reference, and what is one thing in each package. See "Words" in CONTRIBUTING.md.
+    alike = {"__init__", "__main__", "_torch_private", "_version"}
+    reference = {"collectives", "convert", "domain", "fsdp2", "halo_exchange", "layers", "manager", "mesh", "sharding"}
+    packages = [package for package in PACKAGES if package != "credit-domain"]
+    assert len(packages) == 3
+    files = [path.stem for package in packages for path in (ROOT / "packages" / package / "src").rglob("*.py")]
+    shared = {name for name, count in Counter(files).items() if count > 1}
+    assert not shared - alike - reference
+
+
 def test_tests_of_the_repository_are_not_marked_slow():
     # Those of a package run in its own session, slow ones too; these run only together with the quick ones of all.
     marked = [p.name for p in ROOT.glob("tests/*.py") if re.search(r"^[^#]*\bpytest\.mark\.slow", p.read_text(), re.M)]

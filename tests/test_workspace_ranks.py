@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from credit_halo.testing import RankError, run_threads
+
 
 def add_ranks(rank, world, backend, rendezvous):
     """In a process of its own: the sum of what all ranks bring."""
@@ -45,3 +47,19 @@ def test_processes_on_gloo(tmp_path):
 @pytest.mark.gpu
 def test_one_process_per_gpu_on_nccl(tmp_path):
     run_ranks(torch.cuda.device_count(), "nccl", tmp_path / "rendezvous")
+
+
+def seeds(rank):
+    torch.manual_seed(rank)
+
+
+def forks(rank):
+    with torch.random.fork_rng():
+        pass
+
+
+@pytest.mark.parametrize("fn", [seeds, forks])
+def test_ranks_that_are_threads_may_not_seed_the_generator_that_they_share(fn):
+    fn(0)
+    with pytest.raises(RankError, match="on a rank of run_threads: all ranks share torch's generator"):
+        run_threads(fn, 2)

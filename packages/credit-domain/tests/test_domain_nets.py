@@ -95,7 +95,6 @@ def test_autocast_is_that_of_one_rank(name):
 
     def rank_main(rank):
         manager = initialize_domain_parallel(3, 3)
-        torch.manual_seed(0)
         twin = make()
         twin.load_state_dict(state)
         twin = convert(twin)

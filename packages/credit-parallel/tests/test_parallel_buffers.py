@@ -11,10 +11,10 @@ from torch import nn
 
 from credit_halo.testing import run_processes, run_threads
 from credit_parallel import parallelize
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training import check, train
+from credit_parallel.app.training.log import FILE, read_metrics
 from credit_parallel.buffers import sync_buffers, tell_replica_statistics
-from credit_parallel.config import RunConfig
-from credit_parallel.training import check, train
-from credit_parallel.training.log import FILE, read_metrics
 
 
 def net_of(in_channels, out_channels, norm="batch"):

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_parallel_checkpoint_forged import forge
 
+from credit_parallel.app.cli.main import main
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.models import EXAMPLES
+from credit_parallel.app.training.experiment import check
+from credit_parallel.app.training.loop import train
+from credit_parallel.app.trust import restricted
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.values import pack, unpack
-from credit_parallel.cli.main import main
-from credit_parallel.config import RunConfig
-from credit_parallel.models import EXAMPLES
-from credit_parallel.training.experiment import check
-from credit_parallel.training.loop import train
-from credit_parallel.trust import restricted
+from credit_parallel.checkpoint.json_values import pack, unpack
 
 CONF = {
     "data": {"options": {"height": 6, "width": 8, "trajectories": 2, "times": 8}, "valid": [0.5, 1.0]},
@@ -31,7 +31,7 @@ CONF = {
 MODULE = """
 import pathlib
 from torch import nn
-from credit_parallel.examples.unet import UNet
+from credit_parallel.app.examples.unet import UNet
 
 pathlib.Path({mark!r}).touch()
 
@@ -89,7 +89,9 @@ def told(capsys, *arguments):
 
 def test_the_name_of_a_shipped_model_is_enough(trained, tmp_path, capsys):
     assert told(capsys, trained)[0] == 0
-    assert told(capsys, named(trained, tmp_path, EXAMPLES["unet"]))[0] == 0
+    for i, name in enumerate((EXAMPLES["unet"], EXAMPLES["unet"].replace(".app.", "."))):  # today's, and the former
+        (tmp_path / str(i)).mkdir()
+        assert told(capsys, named(trained, tmp_path / str(i), name))[0] == 0
 
 
 @pytest.mark.parametrize("attribute", ["Own", "make", "Other"])
@@ -129,7 +131,7 @@ def test_what_the_user_names(trained, tmp_path, capsys, code):
 
 
 def test_only_the_user_has_the_working_directory_searched(trained, tmp_path, capsys, monkeypatch):
-    (tmp_path / "found_here_only.py").write_text("from credit_parallel.examples.unet import UNet\n")
+    (tmp_path / "found_here_only.py").write_text("from credit_parallel.app.examples.unet import UNet\n")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
     monkeypatch.chdir(tmp_path)
     folder = named(trained, tmp_path, "found_here_only:UNet")
@@ -142,7 +144,7 @@ def test_only_the_user_has_the_working_directory_searched(trained, tmp_path, cap
 
 def test_ranks_search_the_working_directory_only_where_the_command_does(trained, tmp_path):
     (tmp_path / "tqdm.py").write_text("raise SystemExit('code of the working directory ran')\n")
-    script = "import sys; sys.path[:] = filter(None, sys.path); from credit_parallel.cli.main import main; main()"
+    script = "import sys; sys.path[:] = filter(None, sys.path); from credit_parallel.app.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "forecast", str(trained), "--ranks", "2", "--steps", "1", "--domain", "1"],
         cwd=tmp_path,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from credit_parallel.training.experiment import compile_blocks
+from credit_parallel.app.training.experiment import compile_blocks
 
 MANY = 10
 

@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 from credit_domain.casts import cast_module
 from credit_halo.testing import run_processes, run_threads
 from credit_parallel import apply_fsdp2, parallelize
+from credit_parallel.app.cli.verify_command import _fill_zeros
+from credit_parallel.app.config import RunConfig
+from credit_parallel.app.training import Reporter, check, train
 from credit_parallel.checkpoint import export_plain, load_plain
-from credit_parallel.cli.verify import _fill_zeros
-from credit_parallel.config import RunConfig
 from credit_parallel.fsdp2 import (
     _build_mp_policy,
     fsdp2_load_optimizer_state_dict,
@@ -20,7 +21,6 @@ from credit_parallel.fsdp2 import (
     fsdp2_optimizer_state_dict,
     fsdp2_state_dict,
 )
-from credit_parallel.training import Reporter, check, train
 
 HEIGHT, WIDTH, SAMPLES, MODES = 11, 8, 4, 3
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from credit_halo.testing import ThreadGroup, run_processes, run_threads
+from credit_mesh import ParallelismConfig
 from credit_parallel import ParallelContext, parallelize
 
 HEIGHT, WIDTH, SAMPLES = 13, 6, 4
@@ -154,6 +158,25 @@ def test_float32(mode, dp, tensor, domain):
     expected = reference(torch.float32, "sgd", 20)
     results = run_threads(rank_main, dp * tensor * domain, conf_of(mode, tensor, domain), torch.float32, "sgd", 20)
     compare(results, expected, 1e-4)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    parallelism: ParallelismConfig
+    timeout: float = 30.0
+    activation_checkpoint: object = True
+
+
+def test_a_section_with_types_is_that_of_yaml():
+    config = ParallelismConfig("ddp", 1, 1)
+    context = parallelize(make(torch.float64), Trainer(config))
+    assert context.config is config
+    assert context.timeout == timedelta(seconds=30)
+    assert isinstance(context.model.mixers[0].forward, functools.partial)  # recomputed
+    with pytest.raises(ValueError, match="activation_checkpoint must be true or false; got 'no'"):
+        parallelize(make(torch.float64), Trainer(config, activation_checkpoint="no"))
+    with pytest.raises(ValueError, match=r"4 ranks or more"):
+        parallelize(make(torch.float64), Trainer(ParallelismConfig("ddp", 2, 2)))
 
 
 def test_latitude_weights_and_activation_checkpointing():

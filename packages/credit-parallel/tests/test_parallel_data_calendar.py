@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import calendar
-import dataclasses
 import re
 from datetime import datetime, timedelta
 
@@ -13,17 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from credit_parallel.config import DataConfig, RunConfig
-from credit_parallel.data.files import FileSource
-from credit_parallel.data.forcings import Forcings
-from credit_parallel.data.opening import open_source
-from credit_parallel.data.samples import Samples, lead_in_steps, sample_starts
-from credit_parallel.data.statistics import Statistics, compute_statistics
-from credit_parallel.data.times import TimeAxis, seconds_ahead
-from credit_parallel.forecast import ForecastWriter, open_writer, run_forecast
+from credit_parallel.app.config import DataConfig, RunConfig
+from credit_parallel.app.data.files import FileSource
+from credit_parallel.app.data.forcings import Forcings
+from credit_parallel.app.data.opening import open_source
+from credit_parallel.app.data.samples import Samples, lead_in_steps, sample_starts
+from credit_parallel.app.data.statistics import Statistics, compute_statistics
+from credit_parallel.app.data.times import TimeAxis, seconds_ahead
+from credit_parallel.app.forecast import ForecastWriter, open_writer, run_forecast
+from credit_parallel.app.training.experiment import check, prepare
 from credit_parallel.latitudes import checked_latitudes
 from credit_parallel.losses import cos_latitude_weights, latitude_weights
-from credit_parallel.training.experiment import check, prepare
 
 xr = pytest.importorskip("xarray", reason="the extra 'data' is not installed")
 pytest.importorskip("netCDF4", reason="the extra 'data' is not installed")
@@ -185,9 +184,8 @@ def experiment_of(source, path, forcings):
         "model": {"name": "unet", "width": 4, "levels": 1, "groups": 2},
         "trainer": {"steps": 1, "dtype": "float64", "device": "cpu"},
     }
-    experiment = prepare(check(RunConfig.from_dict(conf), 1, training=False), torch.device("cpu"))
     statistics = compute_statistics(source, range(len(source.labels)), 1, range(7), None)
-    return dataclasses.replace(experiment, statistics=statistics)
+    return prepare(check(RunConfig.from_dict(conf), 1, training=False), torch.device("cpu"), statistics)
 
 
 @pytest.mark.parametrize("suffix", [".nc", ".zarr"])
@@ -307,7 +305,7 @@ def test_files_on_one_grid_but_for_rounding(tmp_path, shift):
 
 @given(st.integers(3, 1500), st.floats(-1e-5, 1e-5))
 def test_rounded_longitudes_go_round(width, shift):
-    from credit_parallel.data.source import Grid
+    from credit_parallel.app.data.source import Grid
 
     degrees = rounded(np.arange(width) * 360 / width) + shift
     for values in (degrees, np.where(degrees < 0, degrees + 360, degrees)):

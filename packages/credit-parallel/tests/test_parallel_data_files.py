@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from credit_mesh import RowPartition
-from credit_parallel.config import DataConfig
-from credit_parallel.data.files import FileSource, chunking_warning
-from credit_parallel.data.opening import open_source
-from credit_parallel.data.source import Cost
+from credit_parallel.app.config import DataConfig
+from credit_parallel.app.data.files import FileSource, chunking_warning
+from credit_parallel.app.data.opening import open_source
+from credit_parallel.app.data.source import Cost
 
 xr = pytest.importorskip("xarray", reason="the extra 'data' is not installed")
 pytest.importorskip("netCDF4", reason="the extra 'data' is not installed")
@@ -431,7 +431,7 @@ def test_files_that_cannot_be_read(files, tmp_path):
 
 
 def test_readers_that_are_not_installed(files, monkeypatch, tmp_path):
-    from credit_parallel.data import backend
+    from credit_parallel.app.data import backend
 
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     refused(

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from credit_parallel.data.forcings import Forcings, sun
-from credit_parallel.data.source import Grid
+from credit_parallel.app.data.forcings import Forcings, sun
+from credit_parallel.app.data.source import Grid
 
 
 def seconds(*when):

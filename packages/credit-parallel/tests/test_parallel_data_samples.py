@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import DomainParallelManager, RowPartition
-from credit_parallel.config import DataConfig
-from credit_parallel.data.forcings import Forcings
-from credit_parallel.data.opening import open_source
-from credit_parallel.data.rossby_haurwitz import RossbyHaurwitz
-from credit_parallel.data.samples import Samples, lead_in_steps, sample_starts, times_between
-from credit_parallel.data.source import Channel, Cost, Grid
-from credit_parallel.data.statistics import Statistics, compute_statistics
-from credit_parallel.data.times import TimeAxis
+from credit_parallel.app.config import DataConfig
+from credit_parallel.app.data.forcings import Forcings
+from credit_parallel.app.data.opening import open_source
+from credit_parallel.app.data.rossby_haurwitz import RossbyHaurwitz
+from credit_parallel.app.data.samples import Samples, lead_in_steps, sample_starts, times_between
+from credit_parallel.app.data.source import Channel, Cost, Grid
+from credit_parallel.app.data.statistics import Statistics, compute_statistics
+from credit_parallel.app.data.times import TimeAxis
 
 DATA = Path(os.environ.get("CREDIT_TEST_DATA") or Path(__file__).parents[4] / "shared" / "data")
 
@@ -174,7 +174,7 @@ def test_statistics_are_those_of_numpy():
 
 
 def test_statistics_are_gathered_in_blocks(monkeypatch):
-    from credit_parallel.data import statistics
+    from credit_parallel.app.data import statistics
 
     source = given_source(times=40)
     expected = compute_statistics(source, range(40), 7, whole(source))

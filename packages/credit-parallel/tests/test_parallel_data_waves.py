@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import sph_harm_y
 
-from credit_parallel.config import DataConfig
-from credit_parallel.data.opening import open_source
-from credit_parallel.data.rossby_haurwitz import OMEGA, RADIUS, RossbyHaurwitz, Wave, legendre, wave_fields
-from credit_parallel.data.source import Cost, Grid
+from credit_parallel.app.config import DataConfig
+from credit_parallel.app.data.opening import open_source
+from credit_parallel.app.data.rossby_haurwitz import OMEGA, RADIUS, RossbyHaurwitz, Wave, legendre, wave_fields
+from credit_parallel.app.data.source import Cost, Grid
 
 ALL = ("u", "v", "vorticity", "streamfunction")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from credit_parallel.cli.main import main
+from credit_parallel.app.cli.main import main
 
 FILE = "era5-t2m-uk-2019-03.nc"
 DATA = Path(os.environ.get("CREDIT_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))

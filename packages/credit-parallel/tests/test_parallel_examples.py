@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from credit_domain import verify_domain_parallel
 from credit_halo.testing import run_processes, run_threads
 from credit_parallel import parallelize
-from credit_parallel.examples.transformer import Transformer
-from credit_parallel.examples.unet import UNet
+from credit_parallel.app.examples.transformer import Transformer
+from credit_parallel.app.examples.unet import UNet
 
 HEIGHT, WIDTH, SAMPLES, CHANNELS = 17, 10, 4, 3
 SMALL = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from credit_parallel.cli import launch
-from credit_parallel.cli.launch import Ended, start_and_watch
+from credit_parallel.app.cli import launch
+from credit_parallel.app.cli.launch import Ended, start_and_watch
 
 PROGRAM = """
 import os, signal, sys, time
@@ -58,9 +58,8 @@ def test_a_rank_that_ends_alone_is_told_and_ends_the_others(
 
 def test_a_killed_rank_at_the_real_rendezvous(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = "if rank == 2:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    join = (
-        "import torch; from credit_parallel.training.distributed import joined\nwith joined(torch.device('cpu')): pass"
-    )
+    join = "import torch; from credit_parallel.app.training.distributed import joined\n"
+    join += "with joined(torch.device('cpu')): pass"
     assert ranks_of(tmp_path, body + join) == 137
     assert "rank 2 was killed by signal 9 (SIGKILL)" in capfd.readouterr().err
     assert_gone(tmp_path)
@@ -106,7 +105,7 @@ def test_signals_are_passed_on(number: signal.Signals, heeded: bool, tmp_path: P
     else:
         body = f"signal.signal({int(number)}, signal.SIG_DFL)\n(folder / f'ready-{{rank}}').touch()\ntime.sleep(600)"
     script = (
-        "import sys; from credit_parallel.cli.launch import start_and_watch;"
+        "import sys; from credit_parallel.app.cli.launch import start_and_watch;"
         "sys.exit(start_and_watch([sys.executable, '-c', *sys.argv[1:]], 3))"
     )
     process = subprocess.Popen(

@@ -27,14 +27,15 @@ from credit_domain.blocks import GlobalMean, WindowAttention
 from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh.cli import main as mesh_main
 from credit_parallel import parallelize
+from credit_parallel.app.cli import layout_command, plan_command, verify_command
+from credit_parallel.app.config import ModelConfig
+from credit_parallel.app.examples.transformer import Transformer
+from credit_parallel.app.examples.unet import UNet
+from credit_parallel.app.models import EXAMPLES, build_model, factory, parse_options
 from credit_parallel.blocks import _apply_activation_checkpointing
-from credit_parallel.cli import layout, plan, verify
-from credit_parallel.config import ModelConfig
-from credit_parallel.examples.transformer import Transformer
-from credit_parallel.examples.unet import UNet
-from credit_parallel.layouts import plan_layouts, size
+from credit_parallel.layout_table import size
+from credit_parallel.layouts import plan_layouts
 from credit_parallel.memory import step_cost
-from credit_parallel.models import build_model, factory, parse_options
 
 MiB = 2**20
 
@@ -438,6 +439,19 @@ def module(tmp_path, monkeypatch):
     return write
 
 
+def test_the_former_names_of_the_examples_are_read_with_a_note(caplog):
+    former = EXAMPLES["unet"].replace(".app.", ".")
+    assert former != EXAMPLES["unet"]
+    with caplog.at_level(logging.WARNING):
+        assert factory(EXAMPLES["unet"]) is factory("unet") is UNet
+        assert not caplog.messages
+        assert factory(former) is UNet
+    assert caplog.messages == [f"the model {former} is {EXAMPLES['unet']} today: it is read all the same"]
+    other = "credit_parallel.app.other:Net".replace(".app.", ".")
+    with pytest.raises(ValueError, match="there is no module"):
+        factory(other)
+
+
 def test_models_by_name(module):
     assert isinstance(build_model(ModelConfig("unet", {"width": 16}), **SIZES), UNet)
     transformer = build_model(ModelConfig("transformer", {"depths": [1, 1, 1], "heads": [2, 2, 2]}), **SIZES)
@@ -515,7 +529,7 @@ def test_options_of_a_command_line():
 def command(*arguments: str) -> int:
     parser = argparse.ArgumentParser(prog="credit-parallel")
     commands = parser.add_subparsers(required=True)
-    for each in (plan, verify, layout):
+    for each in (plan_command, verify_command, layout_command):
         each.add_parser(commands)
     args = parser.parse_args([str(argument) for argument in arguments])
     return args.run(args)
@@ -545,11 +559,11 @@ def test_plan_prints_json_alone(capsys):
 
 
 def test_plan_of_a_configuration(tmp_path, capsys):
-    pytest.importorskip("credit_parallel.data.rossby_haurwitz")
+    pytest.importorskip("credit_parallel.app.data.rossby_haurwitz")
     path = tmp_path / "config.yml"
     path.write_text(
         "data: {options: {height: 33, width: 64}, history: 2}\nmodel: {name: transformer, width: 16, heads: [2, 4]}\n"
-        "trainer: {steps: 1, batch_size: 8, accumulate: 2, activation_checkpoint: true, dtype: float64}\n"
+        "trainer: {steps: 1, batch_size: 8, grad_accum_steps: 2, activation_checkpoint: true, dtype: float64}\n"
     )
     assert command("plan", "-c", path, "--world", "8", "--json") == 0
     read = json.loads(capsys.readouterr().out)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from credit_mesh import RankLayout, RowPartition
-from credit_parallel.data.source import Channel, Grid
-from credit_parallel.plots import plot_forecast, plot_layout, plot_losses
-from credit_parallel.plots.figures import apart, folded
+from credit_parallel.app.data.source import Channel, Grid
+from credit_parallel.app.plots import plot_forecast, plot_layout, plot_losses
+from credit_parallel.app.plots.figures import apart, folded
 
 pytest.importorskip("matplotlib")
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from credit_halo.testing import run_processes, run_threads
 from credit_parallel import apply_ddp, clip_grad_norm_, parallelize, sync_domain_gradients
-from credit_parallel.config import RunConfig
+from credit_parallel.app.config import RunConfig
 from credit_parallel.reducer import IDLE_ROUNDS, reducer_of
 
 HEIGHT, WIDTH, SAMPLES, PARTS = 9, 6, 4, 6

@@ -218,9 +218,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def build(*kinds: Callable[..., nn.Module], seed: int = 0, bias: bool = True) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(*(kind(bias) for kind in kinds)).double()
+    """The same weights on every rank, from a generator of their own: ranks that are threads share torch's."""
+    model, generator = nn.Sequential(*(kind(bias) for kind in kinds)).double(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=generator)
+    return model
 
 
 def randn(*shape: int, seed: int = 1) -> Tensor:

@@ -54,9 +54,12 @@ KINDS = {"conv": (TpColConv2d, TpRowConv2d), "linear": (TpColLinear, TpRowLinear
 
 
 def build(kind="conv", bias=True, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Pair(kind, bias).double()
+    """The same weights on every rank, from a generator of their own: ranks that are threads share torch's."""
+    model, generator = Pair(kind, bias).double(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=generator)
+    return model
 
 
 def randn(*shape, seed=1):

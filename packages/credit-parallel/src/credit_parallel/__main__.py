@@ -1,7 +1,7 @@
 """``python -m credit_parallel``: the command line."""
 
-from credit_parallel.cli.launch import is_rank
-from credit_parallel.cli.main import main
+from credit_parallel.app.cli.launch import is_rank
+from credit_parallel.app.cli.main import main
 
 status = main()
 if is_rank():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_halo.extend import allow_recompilations
@@ -32,6 +33,16 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
         return mesh._get_root_mesh()
     resources: Any = device_mesh._mesh_resources  # type: ignore[attr-defined, unused-ignore]
     return resources.get_root_mesh(mesh)  # type: ignore[no-any-return]
+
+
+def offsets_of(tensor: DTensor) -> list[tuple[int, ...]]:
+    """Where the part of a tensor that this rank has begins in the whole; empty where the tensor is of other ranks.
+
+    Parts are uneven, and a dim may be divided by two axes, in either order: this is what torch's checkpoints ask.
+    """
+    if tensor.device_mesh.get_coordinate() is None:
+        return []
+    return [tuple(chunk.offsets) for chunk in tensor.__create_chunk_list__()]  # type: ignore[no-untyped-call]
 
 
 def after_backward(callback: Callable[[], None]) -> None:

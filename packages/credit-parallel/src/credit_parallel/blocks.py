@@ -6,13 +6,14 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from credit_mesh import ParallelismConfig
 from credit_parallel.domain import manager_of
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,26 @@ BLOCK_CLASSES = ("Transformer", "UpBlock", "UpBlockPS")
 """Names of classes whose instances are blocks; others opt in with ``_fsdp2_shard = True``."""
 
 
-def trainer_of(conf: Mapping[str, Any] | None) -> Mapping[str, Any]:
+class Trainer(Protocol):
+    """A ``trainer`` section with types: its keys are attributes, and a key that it lacks has its default."""
+
+    @property
+    def parallelism(self) -> ParallelismConfig:
+        """The parallelism block."""
+        ...
+
+
+Conf: TypeAlias = Mapping[str, Any] | Trainer | None
+"""A whole configuration, or its ``trainer`` section, as YAML has it or with types."""
+
+
+def trainer_of(conf: Conf) -> Mapping[str, Any]:
     """The ``trainer`` section of a configuration, or the section itself; empty of None."""
     section = conf.get("trainer", conf) if isinstance(conf, Mapping) else conf
     if section is None:
         return {}
+    if isinstance(getattr(section, "parallelism", None), ParallelismConfig):
+        return vars(section)
     if not isinstance(section, Mapping):
         raise ValueError(f"conf must be a mapping with a trainer section; got {conf!r}")
     return section
@@ -48,7 +64,7 @@ def _has_fsdp2_shard(module: nn.Module) -> bool:
     return getattr(module, "_fsdp2_shard", False) is True
 
 
-def blocks_of(model: nn.Module, conf: Mapping[str, Any] | None) -> dict[str, nn.Module]:
+def blocks_of(model: nn.Module, conf: Conf) -> dict[str, nn.Module]:
     """The blocks of a model by name, inner ones before those that they are in; the model itself is none.
 
     Args:
@@ -81,19 +97,12 @@ def is_sharded(model: nn.Module) -> bool:
 # Activation checkpointing
 
 
-def _apply_activation_checkpointing(model: nn.Module, conf: Mapping[str, Any] | None = None) -> nn.Module:
+def _apply_activation_checkpointing(model: nn.Module, conf: Conf = None) -> nn.Module:
     """Have blocks recomputed in the backward instead of keeping their activations. Comes before ``fully_shard``.
 
     Each outermost block is recomputed once, with the random numbers that it drew. Names of parameters and modules stay
     as they are. May be called again. Where rows are exchanged, torch.compile leaves them alone, since torch 2.13
     cannot compile the recomputation of an exchange; a ``block.forward`` that was compiled before stays compiled.
-
-    Args:
-        model: The model.
-        conf: May list more blocks, see :func:`blocks_of`.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: If the model is sharded already: parameters would be gathered at the wrong time.

@@ -50,15 +50,7 @@ def sync_before_forward(wrapped: DistributedDataParallel, manager: DomainParalle
 
 
 def tell_replica_statistics(model: nn.Module, replicas: int) -> list[str]:
-    """Say in the log, on the first rank, which layers take statistics of their own replica's samples.
-
-    Args:
-        model: The model, in training.
-        replicas: How many there are.
-
-    Returns:
-        The names of those layers.
-    """
+    """Say in the log, on the first rank, which layers take statistics of their own replica's samples; name them."""
     names = [
         name
         for name, part in model.named_modules()

@@ -136,13 +136,7 @@ def _average(flat: Tensor, ranks: int, group: ProcessGroup | None) -> None:
 
 
 def _in_buckets(tensors: Iterable[Tensor], act: Callable[[Tensor], None], device: torch.device | None = None) -> None:
-    """Have something done in place to the entries of tensors, many of them at a time.
-
-    Args:
-        tensors: Tensors; those of one dtype and device share buckets.
-        act: Takes a flat, contiguous tensor.
-        device: Kind of device that it takes them on; None is where they are.
-    """
+    """Have ``act`` change the entries of tensors in place, in flat buckets of one dtype, on a kind of device."""
     for bucket in _buckets(tensors):
         there = bucket[0].device if device is None or device.type == bucket[0].device.type else device
         if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].device == there:
@@ -260,21 +254,11 @@ def clip_grad_norm_(
     Does what :func:`torch.nn.utils.clip_grad_norm_` does for unsharded parameters, also for those that it does not
     take together: sharded over dp x domain, over tp, over both in any order, and not at all.
 
-    Args:
-        params: The same parameters, in the same order, on every rank; see :func:`total_grad_norm`.
-        max_norm: The largest norm that is left as it is.
-        norm_type: The p of the p-norm: positive, or infinity.
-        error_if_nonfinite: Raise, and leave the gradients as they are, where their norm is infinite or NaN.
+    ``params`` are the same, in the same order, on every rank. The other arguments, errors and collectives are those of
+    :func:`total_grad_norm`; where it raises, the gradients stay as they are.
 
     Returns:
-        The norm before scaling, as :func:`total_grad_norm` returns it.
-
-    Raises:
-        ValueError: As :func:`total_grad_norm`.
-        RuntimeError: As :func:`total_grad_norm`.
-
-    Collectives:
-        Those of :func:`total_grad_norm`.
+        The norm before scaling.
     """
     params = [params] if isinstance(params, Tensor) else list(params)
     total = _total_norm([(p.grad, p) for p in params], norm_type, error_if_nonfinite)

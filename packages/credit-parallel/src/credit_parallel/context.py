@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from credit_mesh import (
     initialize_domain_parallel,
     parse_parallelism_conf,
 )
-from credit_parallel.blocks import _apply_activation_checkpointing, flag, trainer_of
+from credit_parallel.blocks import Trainer, _apply_activation_checkpointing, flag, trainer_of
 from credit_parallel.buffers import sync_buffers, tell_replica_statistics
 from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_checkpoint
 from credit_parallel.collectives import clip_grad_norm_
@@ -80,9 +80,8 @@ class ParallelContext:
     def shard(self, batch: Any, **options: Any) -> Any:
         """This rank's rows of a batch that every tp and domain peer has read whole.
 
-        Args:
-            batch: A tensor, or nested containers of tensors; see :func:`credit_domain.sharding.shard_batch`.
-            **options: Those of :func:`credit_domain.sharding.shard_batch`.
+        Takes a tensor, or nested containers of tensors, with the options of
+        :func:`credit_domain.sharding.shard_batch`.
 
         Raises:
             ValueError: On all ranks alike, if peers have read different batches, which the first few are checked for.
@@ -107,13 +106,7 @@ class ParallelContext:
     # The loss
 
     def mean(self, values: Tensor, *, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`.
-
-        Args:
-            values: The loss of each element, not yet reduced.
-            weights: Weight of each row, for example of its latitude, of all rows or of this rank's.
-            mask: True for the elements that count.
-        """
+        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`."""
         if self.manager is None:
             return domain_mean(values, weights=weights, mask=mask)
         dim, partition = self.manager.shard_dim, self.manager.partition
@@ -167,11 +160,7 @@ class ParallelContext:
     def sync_gradients(self) -> None:
         """After the backward: average the gradients that the backward itself has not averaged.
 
-        Raises:
-            ValueError: As :func:`credit_parallel.domain.sync_domain_gradients`.
-
-        Collectives:
-            Those of :func:`credit_parallel.domain.sync_domain_gradients`.
+        Errors and collectives are those of :func:`credit_parallel.domain.sync_domain_gradients`.
         """
         with naming_missing_ranks("averaging gradients"):
             self._sync_gradients()
@@ -261,7 +250,7 @@ class ParallelContext:
 
 def parallelize(
     model: nn.Module,
-    conf: Mapping[str, Any] | ParallelismConfig,
+    conf: Mapping[str, Any] | Trainer | ParallelismConfig,
     *,
     device: str | None = None,
     shard_dim: int = -2,
@@ -277,8 +266,8 @@ def parallelize(
     Args:
         model: The model, on its device; the same on every rank. All start with the weights of the first one.
         conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
-            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``), or the
-            parallelism block as a :class:`credit_mesh.ParallelismConfig`.
+            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``); a ``trainer``
+            section whose keys are attributes; or the parallelism block as a :class:`credit_mesh.ParallelismConfig`.
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.
         check_batches: How many batches to compare between ranks that must read the same.
@@ -297,23 +286,25 @@ def parallelize(
     Collectives:
         Creates process groups; broadcasts of the weights.
     """
-    whole = {"trainer": {"parallelism": conf.to_dict()}} if isinstance(conf, ParallelismConfig) else conf
-    config = ParallelismConfig.from_block(parse_parallelism_conf(whole))
-    longest, first = _timeouts(trainer_of(whole), timeout, startup_timeout)
+    trainer = {"parallelism": conf} if isinstance(conf, ParallelismConfig) else trainer_of(conf)
+    config = trainer.get("parallelism")
+    if not isinstance(config, ParallelismConfig):
+        config = ParallelismConfig(**parse_parallelism_conf(cast("Mapping[str, Any]", conf)))
+    longest, first = _timeouts(trainer, timeout, startup_timeout)
     if not (dist.is_available() and dist.is_initialized()):
         if config.tensor * config.domain > 1:
             raise ValueError(
                 f"{config} needs {config.tensor * config.domain} ranks or more: start the program with torchrun and "
                 "call torch.distributed.init_process_group() first"
             )
-        if flag(trainer_of(whole), "activation_checkpoint"):
-            _apply_activation_checkpointing(model, whole)
+        if flag(trainer, "activation_checkpoint"):
+            _apply_activation_checkpointing(model, trainer)
         return ParallelContext(model, config, RankLayout(), check_batches=0, timeout=longest)
     world = dist.get_world_size()
     layout = config.layout(world)
     kind = device or next((p.device.type for p in model.parameters()), "cpu")
     answer_roll_calls()
-    mesh, axes = build_device_mesh(config.to_dict(), device=kind)
+    mesh, axes = build_device_mesh(config, device=kind)
     folded = fold_domain(mesh)
     manager = initialize_domain_parallel(world, config.domain, shard_dim, tensor_parallel_size=config.tensor, mesh=mesh)
     if first is not None:
@@ -330,12 +321,12 @@ def parallelize(
             if isinstance(norm := part.__dict__.get("_wrapped", part), nn.SyncBatchNorm) and norm.process_group is None:
                 norm.process_group = group
     if config.data == "fsdp2" and folded is not None:
-        model = apply_fsdp2(model, folded, whole)
+        model = apply_fsdp2(model, folded, trainer)
     else:
-        if flag(trainer_of(whole), "activation_checkpoint"):
-            _apply_activation_checkpointing(model, whole)
+        if flag(trainer, "activation_checkpoint"):
+            _apply_activation_checkpointing(model, trainer)
         if config.data == "ddp":
-            model = apply_ddp(model, folded, whole)
+            model = apply_ddp(model, folded, trainer)
     if first is not None:
         set_timeouts(first)  # of the groups too that were made meanwhile
     logger.info("%s on %s: %s", type(model).__name__, kind, layout)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_parallel._torch_private import leave_to_others
-from credit_parallel.blocks import flag, is_sharded, trainer_of
+from credit_parallel.blocks import Conf, flag, is_sharded, trainer_of
 from credit_parallel.buffers import sync_before_forward
 from credit_parallel.collectives import broadcast_tensors, local_of, start_equal
 from credit_parallel.domain import manager_of
@@ -94,9 +94,7 @@ def _reducible(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in found.items() if not local_of(p).is_meta}
 
 
-def apply_ddp(
-    model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str, Any] | None = None, **options: Any
-) -> nn.Module:
+def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, **options: Any) -> nn.Module:
     """Average the gradients of a model over data-parallel ranks while the backward runs, on CPU and GPU.
 
     Apply it after domain and tensor parallelism. All ranks start with the weights of the first one. Each backward

@@ -24,6 +24,7 @@ from credit_mesh import AXES, RankLayout
 from credit_parallel._torch_private import flatten, is_view
 from credit_parallel.blocks import (
     BLOCK_CLASSES,
+    Conf,
     _apply_activation_checkpointing,
     _has_fsdp2_shard,
     blocks_of,
@@ -59,7 +60,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str, Any] | None = None) -> nn.Module:
+def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None) -> nn.Module:
     """Shard a model's parameters over data-parallel ranks, in place: blocks one by one, then what is left.
 
     Apply it after domain and tensor parallelism, and make the optimizer after it. All ranks start with the weights of
@@ -248,14 +249,12 @@ _DTYPES = {
 _DTYPE_KEYS = ("param_dtype", "reduce_dtype", "output_dtype")
 
 
-def _build_mp_policy(conf: Mapping[str, Any] | None) -> MixedPrecisionPolicy:
+def _build_mp_policy(conf: Conf) -> MixedPrecisionPolicy:
     """The mixed precision that a configuration asks for.
 
-    Args:
-        conf: The whole configuration, or its ``trainer`` section. ``fsdp2_mp_policy`` has any of ``param_dtype``,
-            ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``, ``"BFloat16"`` or ``"Half"``, or None to
-            leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the model alike. Without it,
-            ``amp: True`` is bfloat16 parameters and float32 reductions.
+    ``fsdp2_mp_policy`` has any of ``param_dtype``, ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``,
+    ``"BFloat16"`` or ``"Half"``, or None to leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the
+    model alike. Without it, ``amp: True`` is bfloat16 parameters and float32 reductions.
 
     Raises:
         ValueError: If a key is unknown, or a value no name of a floating-point dtype.

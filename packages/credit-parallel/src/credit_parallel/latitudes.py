@@ -10,10 +10,7 @@ ROUNDING = 1e-4
 
 
 def checked_latitudes(latitudes: Tensor) -> Tensor:
-    """Latitudes in float64; one within rounding of a pole, such as 90.0000025, is the pole.
-
-    Args:
-        latitudes: Degrees north, of any shape.
+    """Latitudes, degrees north, in float64; one within rounding of a pole, such as 90.0000025, is the pole.
 
     Raises:
         ValueError: If one is farther than rounding beyond a pole, or not a number.
@@ -29,9 +26,6 @@ def checked_latitudes(latitudes: Tensor) -> Tensor:
 
 def check_order(latitudes: Tensor) -> None:
     """Make sure that latitudes are in order.
-
-    Args:
-        latitudes: Degrees north.
 
     Raises:
         ValueError: If they are not 1-D, or neither increase nor decrease from each to the next.

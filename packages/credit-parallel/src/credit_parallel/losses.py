@@ -111,14 +111,7 @@ def own_weights(
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's part of weights given for its rows or for all, in float64, and those of all where it has them.
 
-    Args:
-        x: A tensor with this rank's rows.
-        dim: The dim that weights belong to.
-        domain: The ranks that share it.
-        sizes: Rows of each of them.
-        label: What errors call this.
-        weights: Weights, of shape (rows,); None for equal ones.
-        mask: A mask that must fit ``x``.
+    ``x`` has this rank's rows along ``dim``; ``sizes`` are the rows of each rank of ``domain``; a mask must fit ``x``.
 
     Returns:
         Weights of a shape that broadcasts against ``x``, and the weights of all rows, or None if they are not known

@@ -243,16 +243,10 @@ class ACC(Metric):
     def update(
         self, prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, climatology: Tensor | None = None
     ) -> None:
-        """Add samples.
-
-        Args:
-            prediction: This rank's rows, of shape (B, C, ..., H, W).
-            target: The same of the truth.
-            mask: True for the elements that count; broadcasts against ``prediction``. Elsewhere NaN will do.
-            climatology: The climatology of these samples; broadcasts against ``prediction``.
+        """Add samples, as ``RMSE.update``, with a climatology of their own that broadcasts against them.
 
         Raises:
-            ValueError: If shapes differ, weights or mask do not fit, or there is no climatology.
+            ValueError: As there, and if there is no climatology.
         """
         normal = self.climatology if climatology is None else climatology
         if normal is None:

@@ -266,15 +266,7 @@ class GradientReducer:
 
 
 def refuse_strangers(model: nn.Module, averaged: Callable[[Tensor], bool]) -> None:
-    """Refuse parameters that have a gradient which nothing has averaged.
-
-    Args:
-        model: The model.
-        averaged: Whether something averages the gradient of a parameter.
-
-    Raises:
-        ValueError: Naming them.
-    """
+    """Raise a ValueError that names the parameters with a gradient which nothing has averaged, if there are any."""
     strangers = [name for name, p in model.named_parameters() if p.grad is not None and not averaged(p)]
     if strangers:
         raise ValueError(

@@ -143,21 +143,13 @@ def noise_like(
     manager: DomainParallelManager | None = None,
     label: str = "noise_like",
 ) -> Tensor:
-    """Standard normal noise for this rank's rows, the same for every number of domain ranks; see :func:`global_noise`.
-
-    Args:
-        x: This rank's rows; the noise has their shape, dtype and device.
-        partition: Rows of each rank; where it is None, ranks ask each other.
-        generator: See :func:`global_noise`.
-        dim: The sharded dim.
-        manager: The manager; None takes the present one, and a single rank where there is none.
-        label: What errors call this.
+    """:func:`global_noise` of the shape, dtype and device of ``x``, this rank's rows, with the same other arguments.
 
     Raises:
         ValueError: As :func:`global_noise`, or if a rank has other rows than the partition says.
 
     Collectives:
-        Those of :func:`global_noise`; without ``partition`` a small all-gather too.
+        Those of :func:`global_noise`; without ``partition`` ranks ask each other, by a small all-gather.
     """
     domain = domain_of(manager)
     sizes = sizes_of(x, dim, domain, label, partition)

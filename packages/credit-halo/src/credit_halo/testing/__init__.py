@@ -3,8 +3,8 @@
 Two kinds of ranks, one interface:
 
 - :func:`run_threads`: ranks are threads of this process. Sixteen of them take a tenth of a second, so this is for
-  breadth. They share the interpreter, and one CPU random generator: seed inside a rank and draw under
-  :func:`torch.random.fork_rng`, or better draw before.
+  breadth. They share the interpreter, and torch's one CPU random generator: draw before, or from a
+  :class:`torch.Generator` of the rank's own. To seed, or fork, the common one in a rank is a race.
 - :func:`run_processes`: ranks are processes on gloo, as in training. About a second for the first call, a few tenths
   of one after that, so this is for truth.
 

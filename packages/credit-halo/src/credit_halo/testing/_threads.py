@@ -73,7 +73,10 @@ def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: fl
             finally:
                 dist.destroy_process_group()
 
-        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(world_size)]
+        threads = [
+            threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}", daemon=True)
+            for rank in range(world_size)
+        ]
         try:
             for thread in threads:
                 thread.start()

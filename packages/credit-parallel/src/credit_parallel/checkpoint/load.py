@@ -6,20 +6,17 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from credit_halo import naming_missing_ranks
 from credit_mesh import RankLayout
-from credit_parallel.checkpoint import folders
-from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, resolve, together, torch_errors
-from credit_parallel.checkpoint.reading import CheckpointError, Index
-from credit_parallel.checkpoint.rng import read_rng_state, reseed, set_rng_state
-from credit_parallel.checkpoint.state import (
+from credit_parallel.checkpoint import step_folders
+from credit_parallel.checkpoint.former_format import FORMER, FormerFiles
+from credit_parallel.checkpoint.json_values import names_in, unpack
+from credit_parallel.checkpoint.named_state import (
     MODEL,
     RNG,
     casts,
@@ -34,13 +31,12 @@ from credit_parallel.checkpoint.state import (
     rehearse_optimizer,
     settings_of,
 )
-from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock
-from credit_parallel.checkpoint.values import names_in, unpack
+from credit_parallel.checkpoint.random_states import read_rng_state, reseed, set_rng_state
+from credit_parallel.checkpoint.saved_tensors import Stock, read_into
+from credit_parallel.checkpoint.strict_reader import INDEX, CheckpointError, Index, read_index, read_manifest
+from credit_parallel.checkpoint.tensor_files import TensorFiles
+from credit_parallel.checkpoint.together import Context, rank_and_size, resolve, together
 from credit_parallel.state_dicts import from_first
-
-if TYPE_CHECKING:
-    from credit_parallel.context import ParallelContext
-
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +67,7 @@ class Opened(NamedTuple):
     folder: Path
     stock: Stock
     values: dict[str, Any]
-    files: Mapped
+    files: TensorFiles | FormerFiles
 
     def small(self, name: str) -> Tensor:
         """A tensor that one rank has written whole, in memory of its own."""
@@ -85,7 +81,7 @@ class Opened(NamedTuple):
 @naming_missing_ranks("loading a checkpoint")
 def load_checkpoint(
     folder: str | os.PathLike[str],
-    target: ParallelContext | nn.Module,
+    target: Context | nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     scheduler: Any = None,
@@ -123,7 +119,7 @@ def load_checkpoint(
         CheckpointError: On all ranks alike, if it is damaged or not complete; it says which file is.
 
     Collectives:
-        Those of ``torch.distributed.checkpoint.load`` and some small ones.
+        Small ones, by which ranks agree.
     """
     what = "load_checkpoint"
     if settings not in ("checkpoint", "optimizer"):
@@ -161,7 +157,8 @@ def load_checkpoint(
         for key, thing in given.items():
             if thing is not None and values[key] is not None:
                 _load_state(key, thing, opened)
-    copy_from(what, RawReader(stock, opened.files.fetch), targets)
+    with together(what):
+        read_into(targets, stock, opened.files.fetch)
     with together(what):
         loaded = {name: value for name, value in unpack(values["model"], opened.small).items() if name in others}
         loaded.update({name: targets[MODEL + name] for name in own if MODEL + name in targets})
@@ -200,27 +197,21 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
     rank, size = rank_and_size()
     with together(what):
         if rank == 0:
-            if not folders.is_step_folder(chosen):
-                found = folders.latest(chosen)
+            if not step_folders.is_step_folder(chosen):
+                found = step_folders.latest(chosen)
                 if found is None:
                     raise ValueError(f"there is no complete checkpoint in {chosen}")
                 chosen = found
-            folders.check(chosen)
+            step_folders.check(chosen)
     chosen = Path(from_first(str(chosen)))
     index = Index({}, {})
     with together(what):
-        manifest = folders.read_manifest(chosen)
-        index = folders.read_index(chosen, manifest)
+        manifest = read_manifest(chosen)
+        index = read_index(chosen, manifest)
         if verify:
-            folders.check_contents(chosen, sorted(manifest.files)[rank::size], manifest)
-    return Opened(chosen, index.stock, index.values, Mapped(chosen, index.stock))
-
-
-def copy_from(what: str, reader: RawReader, targets: dict[str, Tensor]) -> None:
-    """Have torch plan which parts of tensors each rank needs, and read them."""
-    with torch_errors(what):
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        load(targets, storage_reader=reader, planner=planner, no_dist=not is_distributed())
+            step_folders.check_contents(chosen, sorted(manifest.files)[rank::size], manifest)
+    files = FormerFiles if manifest.form == FORMER else TensorFiles
+    return Opened(chosen, index.stock, index.values, files(chosen, index.stock))
 
 
 def _model_problem(
@@ -249,7 +240,7 @@ def _load_state(key: str, thing: Any, opened: Opened) -> None:
     except Exception as error:
         raise CheckpointError(
             f"{opened.folder} is damaged, or of another {key}: {type(thing).__name__} cannot load values.{key} "
-            f"of {folders.INDEX} ({error!r})"
+            f"of {INDEX} ({error!r})"
         ) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from importlib import import_module
 from types import FunctionType, ModuleType
 
-from credit_parallel.dropin import ddp, loading, scaler
+from credit_parallel.dropin import loading, scaler, torch_ddp
 from credit_parallel.dropin.finder import Alias, DropInFinder
 from credit_parallel.dropin.names import MODULES, PACKAGES, ROOT, is_replaced
 
@@ -37,7 +37,7 @@ def install() -> None:
     sys.meta_path.insert(0, _finder)
     scaler.install()
     loading.install()
-    ddp.install()
+    torch_ddp.install()
     try:
         for name in replaced:
             import_module(name)
@@ -58,7 +58,7 @@ def uninstall() -> None:
     sys.meta_path.remove(_finder)
     scaler.uninstall()
     loading.uninstall()
-    ddp.uninstall()
+    torch_ddp.uninstall()
     for name in [name for name in sys.modules if is_replaced(name)]:
         del sys.modules[name]
     sys.modules.update(_before)

@@ -27,13 +27,13 @@ class Division:
         label: What errors call the layer.
         group: Name of the tp group.
         size: The tensor-parallel degree.
-        plan: Key of the exchange that brings a rank its rows of each part; empty where its slice is what it needs.
+        exchange_plan: Key of what brings a rank its rows of each part; empty where its slice is what it needs.
     """
 
     label: str
     group: str
     size: int
-    plan: str
+    exchange_plan: str
 
 
 class _Divided(nn.Module):
@@ -49,23 +49,21 @@ class _Divided(nn.Module):
         """What this rank works with of a parameter."""
         local: Tensor = parameter.to_local()
         how = self.tp_division
-        if not how.plan:
+        if not how.exchange_plan:
             return local
         if torch.compiler.is_compiling():
-            rows: Tensor = ops.exchange(local, self._dim, how.plan, how.group, how.label, False, True)
+            rows: Tensor = ops.exchange(local, self._dim, how.exchange_plan, how.group, how.label, False, True)
             return rows
-        return exchange_rows(local, plans[how.plan], dim=self._dim, group=group_by_name(how.group), label=how.label)
+        return exchange_rows(
+            local, plans[how.exchange_plan], dim=self._dim, group=group_by_name(how.group), label=how.label
+        )
 
 
 class _Column(_Divided):
     _dim = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """This rank's output channels.
-
-        Args:
-            x: All input channels, the same on every tp rank.
-        """
+        """This rank's output channels, from all input channels, which are the same on every tp rank."""
         x = self.tp_region.enter(x, self.tp_division.group, self.tp_division.label)
         weight, bias = self._own(self._parameters["weight"]), self._parameters["bias"]
         out: Tensor = type(self)._operator(x, weight, None if bias is None else self._own(bias))
@@ -76,10 +74,7 @@ class _Row(_Divided):
     _dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank.
-
-        Args:
-            x: This rank's input channels.
+        """All output channels, the same on every tp rank, from this rank's input channels.
 
         Raises:
             ValueError: If they are not as many as this rank's slice of the weight takes.
@@ -146,16 +141,16 @@ def divide_layer(
         label: What errors call the layer.
     """
     dim = 0 if role == "column" else 1
-    plan = _plan(tuple(parts), mesh.size(), mesh.get_local_rank())
+    exchange_plan = _exchange_plan(tuple(parts), mesh.size(), mesh.get_local_rank())
     divide(layer, "weight", mesh, dim)
     if role == "column" and layer.bias is not None:
         divide(layer, "bias", mesh, 0)
     layer.__class__ = _CLASSES[role, type(layer)]
-    layer.__dict__["tp_division"] = Division(label, mesh.get_group().group_name, mesh.size(), plan)
+    layer.__dict__["tp_division"] = Division(label, mesh.get_group().group_name, mesh.size(), exchange_plan)
     layer.__dict__["tp_region"] = region
 
 
-def _plan(parts: tuple[int, ...], size: int, rank: int) -> str:
+def _exchange_plan(parts: tuple[int, ...], size: int, rank: int) -> str:
     """Key of the exchange from contiguous slices of the whole to slices of each part."""
     if len(parts) == 1:
         return ""

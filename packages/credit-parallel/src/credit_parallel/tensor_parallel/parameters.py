@@ -87,14 +87,7 @@ def broadcast_all(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def present(owner: nn.Module, name: str, mesh: DeviceMesh, label: str) -> None:
-    """Have a module's ``forward`` see this rank's slice of a divided parameter, or another with a summed gradient.
-
-    Args:
-        owner: The module.
-        name: The parameter.
-        mesh: The 1-D mesh of the tp axis.
-        label: What errors call the module.
-    """
+    """Have a module's ``forward`` see this rank's slice of a divided parameter, or another with a summed gradient."""
     owner.__dict__.update(_tp_group_name=mesh.get_group().group_name, _tp_label=label)
     add_property(owner, name, _slice if name in owner.__dict__.get("_tp_dims", ()) else _copy)
 

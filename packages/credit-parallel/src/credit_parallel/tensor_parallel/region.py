@@ -25,12 +25,7 @@ from credit_halo.extend import agree, break_group, group_by_name, keep_order, pr
 
 
 def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
-    """``x``, which is the same on every rank, for use on this rank's channels.
-
-    Args:
-        x: The same tensor on every rank.
-        group: Name of the tp group.
-        label: What errors call this.
+    """``x``, which is the same on every rank, for use on this rank's channels; ``group`` is the name of the tp group.
 
     Raises:
         ValueError: On all ranks alike, if shape, dtype or the need for a gradient differ (compared once for each).
@@ -46,20 +41,7 @@ def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
 
 
 def sum_from_region(x: Tensor, group: str, label: str) -> Tensor:
-    """The sum of the ranks' ``x``, which from then on is the same on every rank.
-
-    Args:
-        x: This rank's part.
-        group: Name of the tp group.
-        label: What errors call this.
-
-    Raises:
-        ValueError: As :func:`copy_to_region`.
-        ExchangeError: As :func:`copy_to_region`.
-
-    Collectives:
-        One sum, in the forward.
-    """
+    """The sum of the ranks' ``x``, the same on every rank: one sum in the forward; errors as :func:`copy_to_region`."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _agree(x, group_by_name(group), f"{label} (output)")

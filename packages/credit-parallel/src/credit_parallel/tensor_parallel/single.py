@@ -80,10 +80,7 @@ class _SingleRow(_Single):
     _role = "row"
 
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank.
-
-        Args:
-            x: This rank's input channels.
+        """All output channels, the same on every tp rank, from this rank's input channels.
 
         Raises:
             ValueError: If they are not as many as this rank's slice of the weight takes.
@@ -105,10 +102,7 @@ class _SingleColumn(_Single):
     _role = "column"
 
     def forward(self, x: Tensor) -> Tensor:
-        """This rank's output channels.
-
-        Args:
-            x: All input channels, the same on every tp rank.
+        """This rank's output channels, from all input channels, which are the same on every tp rank.
 
         Raises:
             ValueError: On all ranks alike, if shape, dtype or the need for a gradient of ``x`` differ.
@@ -121,7 +115,23 @@ class _SingleColumn(_Single):
         return out
 
 
-class TpColConv2d(_SingleColumn):
+class _SingleConv2d(_Single):
+    _kind, _child = nn.Conv2d, "conv"
+    conv: nn.Conv2d
+
+    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(conv, tp_group)
+
+
+class _SingleLinear(_Single):
+    _kind, _child = nn.Linear, "linear"
+    linear: nn.Linear
+
+    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(linear, tp_group)
+
+
+class TpColConv2d(_SingleColumn, _SingleConv2d):
     """A 1x1 convolution whose output channels are divided over tp ranks.
 
     The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
@@ -140,87 +150,17 @@ class TpColConv2d(_SingleColumn):
         A small all-gather, then a broadcast of each parameter.
     """
 
-    _kind, _child = nn.Conv2d, "conv"
-    conv: nn.Conv2d
 
-    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(conv, tp_group)
+class TpRowConv2d(_SingleRow, _SingleConv2d):
+    """As :class:`TpColConv2d`, of the input channels; keys of the state_dict are ``conv.weight`` and ``bias``."""
 
 
-class TpRowConv2d(_SingleRow):
-    """A 1x1 convolution whose input channels are divided over tp ranks.
-
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``conv.weight`` and ``bias``.
-
-    Args:
-        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
-            one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Conv2d, "conv"
-    conv: nn.Conv2d
-
-    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(conv, tp_group)
+class TpColLinear(_SingleColumn, _SingleLinear):
+    """As :class:`TpColConv2d`, of the output features of a linear layer; keys: ``linear.weight``, ``linear.bias``."""
 
 
-class TpColLinear(_SingleColumn):
-    """A linear layer whose output channels are divided over tp ranks.
-
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``linear.weight`` and ``linear.bias``.
-
-    Args:
-        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Linear, "linear"
-    linear: nn.Linear
-
-    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(linear, tp_group)
-
-
-class TpRowLinear(_SingleRow):
-    """A linear layer whose input channels are divided over tp ranks.
-
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``linear.weight`` and ``bias``.
-
-    Args:
-        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Linear, "linear"
-    linear: nn.Linear
-
-    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(linear, tp_group)
+class TpRowLinear(_SingleRow, _SingleLinear):
+    """As :class:`TpColConv2d`, of the input features of a linear layer; keys: ``linear.weight`` and ``bias``."""
 
 
 def _channels(layer: nn.Module, role: str) -> int:

@@ -1,0 +1,1 @@
+"""The application: configuration, data, models, training and forecasts, behind the command line."""

@@ -1,7 +1,0 @@
-"""A training loop for sharded models, and its parts."""
-
-from credit_parallel.training.experiment import Checked, Experiment, check, prepare
-from credit_parallel.training.loop import Outcome, Reporter, train
-from credit_parallel.training.rollout import rollout
-
-__all__ = ["Checked", "Experiment", "Outcome", "Reporter", "check", "prepare", "rollout", "train"]
