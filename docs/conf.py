@@ -29,7 +29,7 @@ napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple already
 nitpick_ignore_regex = [
     (r"py:.*", r"torch(\..*)?"),
     (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|typing)\..*"),
-    (r"py:.*", r"timedelta|Path|RankWriter|Tensor|Dataset|ProcessGroup|DeviceMesh|nn\..*"),
+    (r"py:.*", r"c10d::Work|timedelta|Path|RankWriter|Tensor|Dataset|ProcessGroup|DeviceMesh|nn\..*"),
     (r"py:class", r"credit_\w+(\.\w+)*\._\w+"),  # what classes share is private
     (r"py:class", r"credit_domain\.domain\.Domain|credit_parallel\.checkpoint\.together\.Context"),
 ]
