@@ -45,7 +45,7 @@ from credit_domain.adapters.swin import (
     convert_shifted_attention,
     convert_swin_block,
 )
-from credit_domain.adapters.windows import _simulated, shares_of
+from credit_domain.adapters.window_families import _simulated, shares_of
 from credit_domain.blocks import WindowAttention
 from credit_domain.layers import DomainParallelDropout
 from credit_halo.testing import run_threads

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from credit_domain import convert_to_domain_parallel, footprint, plan_domain_parallel
+from credit_domain import convert_to_domain_parallel, plan_domain_parallel
 from credit_domain.blocks import WindowAttention
 from credit_domain.layers import DomainParallelPeriodicConv2d
+from credit_domain.ops.conv.convolution import Convolution
 from credit_domain.planning import traffic
-from credit_halo import EdgeRule, plan_rows
+from credit_halo import plan_rows
 from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_domain_parallel
 
@@ -25,14 +26,14 @@ from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_do
 @settings(max_examples=100)
 @given(st.data(), partitions(st.integers(4, 40)))
 def test_traffic_is_that_of_the_exchange(data, partition):
-    edge = EdgeRule(data.draw(st.sampled_from(["zeros", "replicate", "circular", "reflect"])))
+    mode = data.draw(st.sampled_from(["zeros", "replicate", "circular", "reflect"]))
     kernel, stride = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4))
     pads = (data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3)))
     try:
-        found = footprint.convolution(partition, kernel, stride, pads, 1, edge)
+        found = Convolution(kernel, stride, *pads, 1, mode).footprint(partition)
     except ValueError:
         return
-    plans = [plan_rows(partition, found.needs, rank=rank, edge=edge) for rank in range(partition.ranks)]
+    plans = [plan_rows(partition, found.needs, rank=rank, edge=mode) for rank in range(partition.ranks)]
     _, _, sent, messages = traffic(found)
     assert sent == [plan.sent_rows for plan in plans]
     assert messages == [len(plan.sends) for plan in plans]

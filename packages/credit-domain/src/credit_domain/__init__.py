@@ -12,7 +12,7 @@ from credit_domain.convert import (
     convert_to_domain_parallel,
     validate_sharding_constraints,
 )
-from credit_domain.footprint import Footprint
+from credit_domain.engine.footprint import Footprint
 from credit_domain.halo_exchange import HaloExchange
 from credit_domain.layers import (
     DomainParallelAdaptiveAvgPool1d,

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from credit_domain.layers.base import DomainParallelLayer
-from credit_domain.layers.interpolate import DomainParallelInterpolate
-from credit_domain.rules import Fate, decide, needs_halo
+from credit_domain.engine.layer import DomainParallelLayer, Fate
+from credit_domain.ops.conv.conv_layers import needs_halo
+from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate
+from credit_domain.rules import decide
 from credit_domain.saved_names import rename_loaded
 from credit_domain.stride import granularity_of, window_sizes_of
 from credit_mesh import DomainParallelManager
@@ -38,7 +39,7 @@ Converter = Callable[..., nn.Module]
 """Makes the module that stands in for another, which is its argument.
 
 One that has parameters ``shard_dim`` or ``label`` is told the sharded dim and the module's name. For one with an
-attribute ``visits_children`` that is true, as an :class:`credit_domain.adapters.base.Adapter` has, the children are
+attribute ``visits_children`` that is true, as an :class:`credit_domain.adapters.Adapter` has, the children are
 converted as well.
 """
 
@@ -123,7 +124,7 @@ def convert_to_domain_parallel(
         custom_converters: What to do with modules that no rule knows: a mapping from a type (subclasses too, unless
             they have an entry), a class path (``"package.module.Class"``) or a predicate on the module to a function
             that takes the module and returns its replacement (see ``Converter``). They come before all rules, and
-            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.base.Adapter`.
+            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.Adapter`.
             They also come before the known families.
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from credit_domain.convert import Converter, custom_matches, free_windows, refusals
-from credit_domain.footprint import Footprint
-from credit_domain.footprints import footprint_of
+from credit_domain.engine.footprint import Footprint
+from credit_domain.engine.layer import Seen, record_of
 from credit_domain.rules import decide
 from credit_domain.stride import granularity_of
 from credit_domain.trace import LayerCall, is_shape, trace
@@ -185,12 +185,13 @@ def _global_rows(inputs: Any, shard_dim: int) -> int:
 
 def _planned(call: LayerCall, source: RowPartition, shard_dim: int, declared: RowPartition) -> PlannedLayer:
     kind = type(call.module).__name__
-    footprint = footprint_of(call.module, source, shard_dim, call.output, declared, call.input)
-    if footprint is None:
+    op = record_of(call.module, shard_dim, Seen(call.input, call.output, declared))
+    if op is None:
         reduces = "Norm" in kind or "Adaptive" in kind
         return PlannedLayer(
             call.name, kind, source.rows, source, None, (0, 0), 0, 0, 0, "reduction" if reduces else "none"
         )
+    footprint = op.footprint(source)
     row_bytes = call.dtype.itemsize
     for dim, size in enumerate(call.input):
         row_bytes *= size if dim != len(call.input) + shard_dim else 1
@@ -220,11 +221,15 @@ def traffic(footprint: Footprint) -> tuple[int, int, list[int], list[int]]:
     for rank, ((start, stop), need) in enumerate(zip(pairwise(source.offsets), footprint.needs, strict=True)):
         if not need:
             continue
-        if stop > start:
-            before, after = max(before, start - need.start), max(after, need.stop - stop)
         wanted: dict[int, set[int]] = {}
-        missing = [range(need.start, min(need.stop, start)), range(max(need.start, stop), need.stop)]
-        for part in missing if stop > start else [need]:
+        if isinstance(need, tuple):
+            missing = [range(row, row + 1) for row in set(need) if not start <= row < stop]
+        elif stop > start:
+            before, after = max(before, start - need.start), max(after, need.stop - stop)
+            missing = [range(need.start, min(need.stop, start)), range(max(need.start, stop), need.stop)]
+        else:
+            missing = [need]
+        for part in missing:
             for span in footprint.edge.spans(part, source.rows):
                 if span.row is None:
                     continue

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from credit_domain.domain import domain_of, normal_dim, sizes_of
-from credit_domain.functional.rows import regroup
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of
+from credit_domain.ops.rearranging import regroup
 from credit_halo.extend import memory_format
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 

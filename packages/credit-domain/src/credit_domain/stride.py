@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+import credit_domain.layers  # noqa: F401 - its layers are in the table
+from credit_domain.engine.layer import layer_for, record_of
+from credit_domain.engine.row_op import ratio_of
 from credit_domain.trace import LayerCall, trace
 
 logger = logging.getLogger(__name__)
@@ -42,34 +45,9 @@ class Level:
 
 def stride_of(module: nn.Module, shard_dim: int) -> tuple[int, int]:
     """How many rows become one, and how many one becomes; ``(1, 1)`` for layers that keep the rows."""
-    m: Any = module
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return 1, _along(m.stride, shard_dim)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_POOLS)):
-        return _along(m.kernel_size if m.stride is None else m.stride, shard_dim), 1
-    if isinstance(module, nn.PixelShuffle):
-        return 1, int(m.upscale_factor)
-    if isinstance(module, nn.PixelUnshuffle):
-        return int(m.downscale_factor), 1
-    if isinstance(module, nn.Upsample) and m.scale_factor is not None:
-        factor = float(_along(m.scale_factor, shard_dim))
-        if factor >= 1:
-            return (1, int(factor)) if factor.is_integer() else (1, 1)
-        return round(1 / factor), 1
+    if layer_for(module) is not None:
+        return ratio_of(record_of(module, shard_dim))
     return next((stride(module) for match, stride in _known.values() if match(module)), (1, 1))
-
-
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d),
-)
-
-
-def _along(value: Any, shard_dim: int) -> Any:
-    if not isinstance(value, (tuple, list)):
-        return value
-    return value[shard_dim] if len(value) >= -shard_dim else 1
 
 
 def granularity_of(

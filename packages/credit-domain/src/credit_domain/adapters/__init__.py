@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import nn
 
 from credit_domain.adapters import crossformer, cube, stochastic, swin, unet
-from credit_domain.adapters.base import Adapter
+from credit_domain.adapters.adapter import Adapter
 from credit_domain.adapters.registry import Family, known_converters, known_families, register, table
-from credit_domain.adapters.windows import RegroupedModule
+from credit_domain.adapters.window_families import RegroupedModule
 
 _CONVOLUTIONAL: dict[Callable[[nn.Module], bool], tuple[str, str, str]] = {
     unet.is_token_attention: (

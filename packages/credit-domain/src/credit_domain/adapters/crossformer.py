@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from credit_domain.adapters.registry import register
-from credit_domain.adapters.windows import RegroupedModule
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.adapters.window_families import RegroupedModule
+from credit_domain.engine.layer import DomainParallelLayer
 
 
 def is_plain(module: nn.Module, *names: str) -> bool:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.adapters.base import Adapter, is_candidate, landing, partition_at, prove
-from credit_domain.functional.interpolate import resample
-from credit_domain.functional.pad import pad
-from credit_domain.functional.pixel import unshuffle
-from credit_domain.functional.rows import crop
+from credit_domain.adapters.adapter import Adapter, is_candidate, landing, partition_at, prove
+from credit_domain.ops.interpolation.interpolation import resample
+from credit_domain.ops.padding.padding import pad
+from credit_domain.ops.pixel import unshuffle
+from credit_domain.ops.rearranging import crop
 from credit_mesh import DomainParallelManager
 
 _SIDES = ("after", "both")
@@ -75,8 +75,6 @@ class DomainParallelPatchRecovery(_Grid):
     Args:
         module: The module to stand in for: with ``conv`` and ``img_size``, (H, W) or (levels, H, W), of the whole.
         shard_dim: The sharded dim: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -93,7 +91,6 @@ class DomainParallelPatchRecovery(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.crop`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.crop`.
@@ -123,8 +120,6 @@ class DomainParallelPatchMerging(_Grid):
     Args:
         module: The module to stand in for: with ``norm``, and ``linear``.
         shard_dim: The sharded dim, of channels first: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -144,7 +139,6 @@ class DomainParallelPatchMerging(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.pixel_unshuffle`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.pad` and :func:`credit_domain.functional.pixel_unshuffle`.
@@ -161,7 +155,7 @@ class DomainParallelPatchMerging(_Grid):
             settings: dict[str, Any] = {"dim": self.shard_dim, "manager": self.manager, "label": self.label}
             x = pad(x, pads, partition=held, **settings)
         channels = x.shape[-3]
-        x = unshuffle(x, 2, self.shard_dim, None, self.manager, self.label, self._layer)
+        x = unshuffle(x, 2, self.call)
         x = torch.unflatten(x, -3, (channels, 2, 2))
         x = x.movedim(-5, -3) if order == "rows first" else x.transpose(-4, -3).movedim(-5, -3)
         x = x.flatten(-5, -3).movedim(-3, -1)
@@ -188,8 +182,6 @@ class DomainParallelPatchExpanding(_Grid):
         module: The module to stand in for: with ``linear1``, ``norm``, ``linear2`` and ``output_resolution``, the size
             of the whole: (H, W) or (levels, H, W).
         shard_dim: The sharded dim, of channels first: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -206,7 +198,6 @@ class DomainParallelPatchExpanding(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.crop`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.crop`.
@@ -244,8 +235,6 @@ class DomainParallelResizingModel(_Grid):
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else, or another dim is sharded.
@@ -263,7 +252,6 @@ class DomainParallelResizingModel(_Grid):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.interpolate`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.interpolate` and of the children.
@@ -274,7 +262,7 @@ class DomainParallelResizingModel(_Grid):
         x = torch.unflatten(m.fc(x.movedim(1, -1)), -1, (*m.patch_size[1:], -1))  # (B, h, w, rows, columns, C)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         how = (tuple(m.img_size[-2:]), None, "bilinear", None, None, False, None)
-        return resample(x, *how, self.shard_dim, None, self.manager, self.label, self._layer)
+        return resample(x, *how, self.call)
 
 
 class _Patches(nn.Module):

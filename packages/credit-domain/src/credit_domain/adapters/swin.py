@@ -9,7 +9,7 @@ from torch import nn
 
 from credit_domain.adapters.crossformer import is_plain, window_of
 from credit_domain.adapters.registry import register
-from credit_domain.adapters.windows import Kind, RegroupedModule
+from credit_domain.adapters.window_families import Kind, RegroupedModule
 
 
 def _pair(value: Any) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from credit_domain.adapters.base import Adapter, is_candidate, partition_at, prove
+from credit_domain.adapters.adapter import Adapter, is_candidate, partition_at, prove
 from credit_domain.blocks.attention import attention, linear_attention
-from credit_domain.domain import domain_of, normal_dim
-from credit_domain.functional.interpolate import resample
-from credit_domain.functional.pad import pad
-from credit_domain.functional.rows import crop
-from credit_domain.layers.conv import DomainParallelPeriodicConv2d, padding_of
+from credit_domain.engine.ranks import domain_of, normal_dim
+from credit_domain.ops.conv.conv_layers import DomainParallelPeriodicConv2d, padding_of
+from credit_domain.ops.interpolation.interpolation import resample
+from credit_domain.ops.padding.padding import pad
+from credit_domain.ops.rearranging import crop
 from credit_domain.trace import trace
 from credit_mesh import DomainParallelManager
 
@@ -45,8 +45,6 @@ class DomainParallelTokenAttention(Adapter):
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim of (B, C, H, W).
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes neither.
@@ -70,7 +68,6 @@ class DomainParallelTokenAttention(Adapter):
 
         Raises:
             ValueError: As :func:`credit_domain.blocks.attention`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.blocks.attention` or :func:`credit_domain.blocks.linear_attention`.
@@ -122,7 +119,6 @@ def periodic_conv(module: nn.Module, shard_dim: int = -2, label: str | None = No
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim of (B, C, H, W).
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module pads otherwise.
@@ -155,8 +151,6 @@ class DomainParallelDecoderBlock(Adapter):
     Args:
         module: The module to stand in for.
         shard_dim: The sharded dim of (B, C, H, W).
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module computes something else.
@@ -183,7 +177,6 @@ class DomainParallelDecoderBlock(Adapter):
 
         Raises:
             ValueError: As :func:`credit_domain.functional.interpolate`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.interpolate` and of the layers within.
@@ -191,8 +184,7 @@ class DomainParallelDecoderBlock(Adapter):
         m: Any = self.wrapped
         target = None if skip is None else partition_at(self, skip, self.shard_dim, "skip")
         mode = getattr(m, "interpolation_mode", "nearest")
-        how = (None, 2.0, mode, None, None, False, target, self.shard_dim, None, self.manager, self.label, self._layer)
-        x = resample(x, *how)
+        x = resample(x, None, 2.0, mode, None, None, False, target, self.call)
         if skip is not None:
             x = torch.cat([x, skip], 1)
             x = m.attention1(x) if hasattr(m, "attention1") else x
@@ -222,8 +214,6 @@ class DomainParallelPadded(Adapter):
         both_sides: Whether half of it goes before the first row and column, rounded down, in place of all after the
             last.
         channels: Channels of the input; None takes those of the first convolution.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
 
     Raises:
         ValueError: If the module pads otherwise.
@@ -262,7 +252,6 @@ class DomainParallelPadded(Adapter):
         Raises:
             ValueError: On all ranks alike, if a rank's rows are no multiple after padding; and as
                 :func:`credit_domain.functional.pad`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`credit_domain.functional.pad`, of the layers within, and of

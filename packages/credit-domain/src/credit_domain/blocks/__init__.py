@@ -5,7 +5,7 @@ rows. ``docs/blocks.md`` shows how each is used and why it is exact.
 """
 
 from credit_domain.blocks.attention import FullAttention, LinearAttention, attention, linear_attention
-from credit_domain.blocks.base import Block
+from credit_domain.blocks.block import Block
 from credit_domain.blocks.excitation import GlobalMean, ScSE, SqueezeExcitation, global_mean
 from credit_domain.blocks.tables import PositionTable, local_rows
 from credit_domain.blocks.windows import WindowAttention, Windows, join_windows, split_windows

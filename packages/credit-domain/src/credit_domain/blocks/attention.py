@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.blocks.base import POINTWISE, Block, attend, wide
+from credit_domain.blocks.block import POINTWISE, Block, attend, wide
 from credit_domain.blocks.ring import ring_attention
-from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
+from credit_domain.engine.driver import Step, bring
+from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of
 from credit_halo import plan_rows
 from credit_halo.extend import agree, group_by_name, has_agreed
 from credit_mesh import DomainParallelManager, RowPartition
@@ -46,8 +47,6 @@ def attention(
         ring: Pass keys and values around.
         chunk: Keys whose scores are in memory at a time, with ``ring``.
         partition: Who holds which **tokens** of ``key``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
         layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
@@ -56,7 +55,6 @@ def attention(
     Raises:
         ValueError: On all ranks alike, if a mask is not one of this rank's queries and all keys, or ranks disagree on
             whether there is one or a gradient is needed; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         This rank's keys and values to each other rank, and their gradients back; with ``ring`` as many messages as
@@ -120,15 +118,12 @@ def linear_attention(
         key: This rank's keys, (..., S, E).
         value: This rank's values, (..., S, Ev).
         scale: Factor of the queries; None is ``1 / sqrt(E)``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
 
     Returns:
         This rank's tokens, (..., L, Ev).
 
     Raises:
         ValueError: On all ranks alike as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message of E * (Ev + 2) numbers for each head to and from each other rank, forward and backward.
@@ -190,7 +185,6 @@ class _TokenAttention(Block):
 
         Raises:
             ValueError: If ``dim`` is no spatial dim, and as the function that this block calls.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of the function that this block calls.
@@ -218,9 +212,6 @@ class FullAttention(_TokenAttention):
         head_channels: Channels of a head.
         spatial: Number of spatial dims; 3 for (B, C, T, H, W).
         ring: Pass keys and values around in place of gathering them.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
     """
 
     def __init__(
@@ -250,9 +241,6 @@ class LinearAttention(_TokenAttention):
         heads: Number of heads.
         head_channels: Channels of a head.
         spatial: Number of spatial dims; 3 for (B, C, T, H, W).
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
     """
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

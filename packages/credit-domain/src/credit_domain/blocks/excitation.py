@@ -6,8 +6,8 @@ from collections.abc import Hashable
 
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block, Pointwise2d, wide
-from credit_domain.domain import domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.blocks.block import Block, Pointwise2d, wide
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of, sum_over
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -24,10 +24,7 @@ def global_mean(
 
     Args:
         x: This rank's rows: (B, C, H, W), or another number of spatial dims.
-        dim: The sharded dim.
         partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
         layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
@@ -35,7 +32,6 @@ def global_mean(
 
     Raises:
         ValueError: On all ranks alike, if ``dim`` is no spatial dim or ranks differ in other dims.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One sum of (B, C, 1, 1) forward, one backward.
@@ -53,13 +49,7 @@ def global_mean(
 
 
 class GlobalMean(Block):
-    """:func:`global_mean` in the place of :class:`torch.nn.AdaptiveAvgPool2d` ``(1)``.
-
-    Args:
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
-    """
+    """:func:`global_mean` in the place of :class:`torch.nn.AdaptiveAvgPool2d` ``(1)``."""
 
     def __init__(
         self, dim: int = -2, *, manager: DomainParallelManager | None = None, label: str | None = None
@@ -78,9 +68,6 @@ class SqueezeExcitation(nn.Module):
     Args:
         channels: C.
         squeezed: Channels in between.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
     """
 
     def __init__(
@@ -109,9 +96,6 @@ class ScSE(nn.Module):
     Args:
         channels: C.
         reduction: C is divided by this in between.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
     """
 
     def __init__(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from credit_domain.blocks.base import wide
-from credit_domain.domain import Domain, constant
+from credit_domain.blocks.block import wide
+from credit_domain.engine.ranks import Domain, constant
 from credit_halo import plan_rows
 from credit_halo.extend import ops
 from credit_mesh import RowPartition
@@ -53,7 +53,6 @@ def ring_attention(
         chunk: Number of keys whose scores are in memory.
         sizes: Keys of each rank.
         domain: Who takes part.
-        label: What errors and traces call this.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:

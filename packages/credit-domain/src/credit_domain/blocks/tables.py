@@ -7,8 +7,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block
-from credit_domain.domain import domain_of, sizes_of
+from credit_domain.blocks.block import Block
+from credit_domain.engine.ranks import domain_of, sizes_of
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -31,8 +31,6 @@ def local_rows(
         x: This rank's rows of the tensor that the table is for.
         dim: The sharded dim, counted from the last where ``table`` and ``x`` have different numbers of dims.
         partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
         layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
@@ -60,9 +58,6 @@ class PositionTable(Block):
     Args:
         channels: C.
         grid: Size of the whole grid: (H, W), or (T, H, W).
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
     """
 
     def __init__(

@@ -16,8 +16,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block, attend
-from credit_domain.domain import ALONE, Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
+from credit_domain.blocks.block import Block, attend
+from credit_domain.engine.driver import Step, bring
+from credit_domain.engine.ranks import ALONE, Domain, constant, domain_of, normal_dim, sizes_of
 from credit_halo import plan_rows
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -109,7 +110,6 @@ class Windows(NamedTuple):
         cuts: How each spatial dim is cut.
         at: Index of the sharded dim among them.
         domain: Who takes part.
-        label: What errors and traces call this.
     """
 
     inside: Tensor | None
@@ -144,10 +144,7 @@ def split_windows(
             together do not see each other, as by the mask of Swin. None: along longitude, the last dim, alone.
         dilated: A window holds rows ``r, r + n, r + 2n, ...``, where ``n`` is the number of windows, in place of
             consecutive ones; likewise along the other dims.
-        dim: The sharded dim.
         partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
         layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
@@ -156,7 +153,6 @@ def split_windows(
     Raises:
         ValueError: On all ranks alike, if ``dim`` is no spatial dim, there is not one window or shift for each, or a
             shift is not smaller than its window; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where boundaries between ranks are
@@ -194,9 +190,6 @@ def join_windows(tokens: Tensor, layout: Windows) -> Tensor:
     Args:
         tokens: (B, n, N, C).
         layout: What :func:`split_windows` returned with them.
-
-    Raises:
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         Those of :func:`split_windows`.
@@ -262,12 +255,7 @@ class WindowAttention(Block):
         window: Size of a window along each spatial dim.
         heads: Number of heads, which divides C.
         shift: As :func:`split_windows`, like ``cyclic`` and ``dilated``.
-        cyclic: See ``shift``.
-        dilated: See ``shift``.
         qkv_bias: Whether queries, keys and values have a bias.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
 
     Raises:
         ValueError: If ``heads`` does not divide ``channels``.
@@ -306,7 +294,6 @@ class WindowAttention(Block):
 
         Raises:
             ValueError: As :func:`split_windows`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             Those of :func:`split_windows` and :func:`join_windows`.

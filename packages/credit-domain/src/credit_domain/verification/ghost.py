@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.engine.layer import DomainParallelLayer
 from credit_domain.trace import drop_trials, managers_of
 from credit_domain.verification.record import without_dropout
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.engine.layer import DomainParallelLayer
 
 Key = tuple[str, str, int]
 """``enter`` or ``exit``, the qualified name of a module, and which of its calls it is."""

@@ -1,0 +1,1 @@
+"""Convolutions and transposed convolutions, which compute their own rows while the halo travels."""
