@@ -14,6 +14,7 @@ from torch import nn
 
 from credit_domain.engine.layer import DomainParallelLayer, Fate
 from credit_domain.ops.conv.conv_layers import needs_halo
+from credit_domain.ops.conv.sharing import tell_lone_readers
 from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate
 from credit_domain.rules import decide
 from credit_domain.saved_names import rename_loaded
@@ -172,6 +173,7 @@ def convert_to_domain_parallel(
     originals = {id(made[id(module)]): module for module in model.modules() if id(module) in made}
     model = _apply(model, made)
     _settle(model, manager)
+    tell_lone_readers(model)
     if trial is not None:
         try:
             trial.begin(model, input_shape)

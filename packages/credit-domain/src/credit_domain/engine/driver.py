@@ -7,7 +7,7 @@ torch's own operator on them, and keeps a rank without rows in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from credit_domain.engine.footprint import Footprint
-from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of
+from credit_domain.engine.ranks import Domain, constant, domain_of, known_sizes, normal_dim, sizes_of
 from credit_domain.engine.row_op import RowOp, footprint_for
 from credit_domain.engine.skips import follow
 from credit_halo import exchange_rows, plan_rows
@@ -70,7 +70,9 @@ def place(op: RowOp, x: Tensor, call: Call, dim: int, domain: Domain) -> Placed:
     Collectives:
         Those of :func:`credit_domain.engine.ranks.sizes_of`.
     """
-    sizes = sizes_of(x, dim, domain, call.label, call.partition, call.layer)
+    sizes = known_sizes(x.shape, dim, domain, call.layer) if call.partition is None and domain.size > 1 else None
+    if sizes is None:
+        sizes = sizes_of(x, dim, domain, call.label, call.partition, call.layer)
     return Placed(dim, domain, sizes, step_for(op, sizes, domain.rank, call.label), call)
 
 
@@ -223,14 +225,15 @@ def resized(none: Tensor, dim: int, batch: int, rows: int) -> Tensor:
     return none.reshape(batch, *none.shape[1:dim], rows, *none.shape[none.ndim + dim + 1 :])
 
 
-def batched(x: Tensor, nd: int, label: str) -> None:
-    """Refuse tensors that are neither (B, C, ...) nor (C, ...) with ``nd`` dims after the channels.
+def is_unbatched(shape: Sequence[int], nd: int, label: str) -> bool:
+    """Whether a tensor is (C, ...) with ``nd`` dims after the channels, and not (B, C, ...).
 
     Raises:
-        ValueError: If so.
+        ValueError: If it is neither.
     """
-    if x.ndim not in (nd + 1, nd + 2):
-        raise ValueError(f"{label}: expected {nd + 1} or {nd + 2} dims; got a tensor of shape {tuple(x.shape)}")
+    if len(shape) not in (nd + 1, nd + 2):
+        raise ValueError(f"{label}: expected {nd + 1} or {nd + 2} dims; got a tensor of shape {tuple(shape)}")
+    return len(shape) == nd + 1
 
 
 def _each(out: Result, fn: Callable[[Tensor], Tensor]) -> Result:
