@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|typing)\..*"),
     (r"py:.*", r"c10d::Work|timedelta|Path|RankWriter|Tensor|Dataset|ProcessGroup|DeviceMesh|nn\..*"),
     (r"py:class", r"credit_\w+(\.\w+)*\._\w+"),  # what classes share is private
-    (r"py:class", r"credit_domain\.domain\.Domain|credit_parallel\.checkpoint\.together\.Context"),
+    (r"py:class", r"credit_domain\.engine\.driver\.Result|credit_parallel\.checkpoint\.together\.Context"),
 ]
 
 
