@@ -46,7 +46,7 @@ PARTS = (
 )
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
 
-# A rank that is a process need not spend half a second on these.
+# A rank that is a process need not spend a second or two on these.
 PRELOADED = [
     "credit_halo.testing",
     "credit_domain",
@@ -54,6 +54,8 @@ PRELOADED = [
     "hypothesis",
     "pytest",
     "xarray",
+    # What torch.compile imports when it is first used takes longer than to compile a small function.
+    "torch._inductor.compile_fx",
 ]
 
 

@@ -108,7 +108,7 @@ def demo(session: nox.Session) -> None:
     session.run("credit-parallel", "demo", *session.posargs)
 
 
-@nox.session(name="tests-gpu", requires=["torch"])
+@nox.session(name="tests-gpu", requires=["torch"], allow_parallel=True)
 def tests_gpu(session: nox.Session) -> None:
     """The tests marked `gpu`, on whatever GPUs there are; a line of pytest's says which and how."""
     required = os.environ.get("CREDIT_REQUIRE_GPU", "0") not in ("", "0")
