@@ -37,7 +37,7 @@ def test_no_two_files_of_the_packages_share_a_name():
 
 
 def test_tests_of_the_repository_are_not_marked_slow():
-    # Those of a package run in its own session, slow ones too; these run only together with the quick ones of all.
+    # The mark keeps a test out of the run of all packages together, which is the only one in which these run.
     marked = [p.name for p in ROOT.glob("tests/*.py") if re.search(r"^[^#]*\bpytest\.mark\.slow", p.read_text(), re.M)]
     assert not marked
 

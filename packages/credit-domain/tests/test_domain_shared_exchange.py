@@ -375,7 +375,7 @@ def conv():
 def test_the_converter_sees_who_reads_alone(make, shares):
     def rank_main(rank):
         manager = initialize_domain_parallel(2, 2)
-        model = convert_to_domain_parallel(make(), manager, check=False)
+        model = convert_to_domain_parallel(make(), manager)
         return [m.may_share for m in model.modules() if isinstance(m, credit_domain.layers.DomainParallelConv2d)]
 
     assert run_threads(rank_main, 2) == [shares] * 2
