@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parallel_checkpoint_forged import forge
+from parallel_former_format import write_index
 
 from credit_parallel.app.cli.main import main
 from credit_parallel.app.config import RunConfig
@@ -74,7 +74,7 @@ def changed(trained, tmp_path, change, key="config"):
     extra = unpack(index["values"]["extra"], str)
     extra[key] = change(extra[key]) or extra[key]
     index["values"]["extra"] = pack(extra, "extra", {})
-    forge(step, index)
+    write_index(step, index)
     return copy
 
 
