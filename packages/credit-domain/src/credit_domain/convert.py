@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from credit_domain.engine.layer import DomainParallelLayer, Fate
+from credit_domain.model.granularity import granularity_of, window_sizes_of
+from credit_domain.model.rules import decide
+from credit_domain.model.saved_names import rename_loaded
 from credit_domain.ops.conv.conv_layers import needs_halo
 from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate
-from credit_domain.rules import decide
-from credit_domain.saved_names import rename_loaded
-from credit_domain.stride import granularity_of, window_sizes_of
 from credit_mesh import DomainParallelManager
 
 __all__ = [
@@ -130,8 +130,8 @@ def convert_to_domain_parallel(
             and their children are left alone.
         input_shape: Global shape of the model's input, or its arguments (a tuple or a dict of shapes, tensors and other
             values), for the trial and for models whose total stride cannot be seen otherwise; see
-            :func:`credit_domain.stride.granularity_of`. A granularity that the manager has already is kept: the
-            boundaries become multiples of both.
+            :func:`credit_domain.model.granularity.granularity_of`. A granularity that the manager has already is kept:
+            the boundaries become multiples of both.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
         known: False leaves modules of the known families to the rules.
         check: False skips the trial. Code of your own that mixes rows then trains on wrong numbers without an error,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from credit_domain.convert import Converter, ConverterKey
-from credit_domain.stride import RowStride, know_stride
+from credit_domain.model.granularity import RowStride, know_stride
 
 
 @dataclass(frozen=True)

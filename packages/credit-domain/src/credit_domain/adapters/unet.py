@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from credit_domain.adapters.adapter import Adapter, is_candidate, partition_at, prove
 from credit_domain.blocks.attention import attention, linear_attention
 from credit_domain.engine.ranks import domain_of, normal_dim
+from credit_domain.model.trace import trace
 from credit_domain.ops.conv.conv_layers import DomainParallelPeriodicConv2d, padding_of
 from credit_domain.ops.interpolation.interpolation import resample
 from credit_domain.ops.padding.padding import pad
 from credit_domain.ops.rearranging import crop
-from credit_domain.trace import trace
 from credit_mesh import DomainParallelManager
 
 # Attention over all tokens

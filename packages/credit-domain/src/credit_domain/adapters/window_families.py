@@ -22,9 +22,9 @@ from credit_domain.casts import cast_module
 from credit_domain.engine.driver import Step, bring
 from credit_domain.engine.layer import DomainParallelLayer
 from credit_domain.engine.ranks import Domain, constant, domain_of, sizes_of
+from credit_domain.model.rules import decide
+from credit_domain.model.trace import meta_copy, plain_copy
 from credit_domain.ops.dropout.dropout_layers import DomainParallelDropout
-from credit_domain.rules import decide
-from credit_domain.trace import meta_copy, plain_copy
 from credit_halo import plan_rows
 from credit_mesh import RowPartition
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from credit_domain.engine.layer import DomainParallelLayer
-from credit_domain.trace import drop_trials, managers_of
+from credit_domain.model.trace import drop_trials, managers_of
 from credit_domain.verification.record import without_dropout
 
 Switches = dict[str, dict[str, bool | int | float | str]]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from credit_domain.engine.ranks import constant
-from credit_domain.trace import FIRST_CALL, is_shape
+from credit_domain.model.trace import FIRST_CALL, is_shape
 from credit_domain.verification.compare import sharded_dim
 from credit_domain.verification.events import Events, Run, unlike_shapes
 from credit_domain.verification.ghost import Ghost, Switches, switches_of

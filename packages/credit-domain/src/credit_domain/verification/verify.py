@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from credit_domain.casts import cast_module, cast_tensor
 from credit_domain.convert import Converter, convert_to_domain_parallel, free_windows, refusals
+from credit_domain.model.granularity import granularity_of
+from credit_domain.model.trace import is_shape, plain_copy
 from credit_domain.sharding import shard_tensor
-from credit_domain.stride import granularity_of
-from credit_domain.trace import is_shape, plain_copy
 from credit_domain.verification.compare import compare, compare_whole, sharded_dim
 from credit_domain.verification.events import Events, Run, unlike_shapes
 from credit_domain.verification.record import FIXED_NOISE, Recorder, tensors_in, without_dropout

@@ -13,9 +13,9 @@ from torch import nn
 from credit_domain.convert import Converter, custom_matches, free_windows, refusals
 from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.layer import Seen, record_of
-from credit_domain.rules import decide
-from credit_domain.stride import granularity_of
-from credit_domain.trace import LayerCall, is_shape, trace
+from credit_domain.model.granularity import granularity_of
+from credit_domain.model.rules import decide
+from credit_domain.model.trace import LayerCall, is_shape, trace
 from credit_mesh import RowPartition
 
 
@@ -116,7 +116,7 @@ def plan_domain_parallel(
 
     Args:
         model: The plain model; it is not touched.
-        input_shape: Global shape of its input, or its arguments as :func:`credit_domain.trace.trace` takes them.
+        input_shape: Global shape of its input, or its arguments as :func:`credit_domain.model.trace.trace` takes them.
         ranks: Number of domain ranks.
         shard_dim: The sharded dim, negative.
         custom_converters: As for :func:`credit_domain.convert.convert_to_domain_parallel`; what they replace is left
