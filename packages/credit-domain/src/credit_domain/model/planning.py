@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
 
 from credit_domain.convert import Converter, custom_matches, free_windows, refusals
@@ -15,7 +14,7 @@ from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.layer import Seen, record_of
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.rules import decide
-from credit_domain.model.trace import LayerCall, is_shape, trace
+from credit_domain.model.trace import LayerCall, rows_of, trace
 from credit_mesh import RowPartition
 
 
@@ -138,7 +137,9 @@ def plan_domain_parallel(
     if partition is None:
         free = free_windows(model, custom_converters, shard_dim)
         granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
-        partition = RowPartition.even(_global_rows(input_shape, shard_dim), ranks, granularity)
+        if not (rows := rows_of(input_shape, shard_dim)):
+            raise ValueError("no input has rows to shard: expected a shape of three or more dims")
+        partition = RowPartition.even(rows, ranks, granularity)
     at = {partition.rows: partition}
     layers, notes = [], []
     for call in calls:
@@ -172,15 +173,6 @@ def plan_domain_parallel(
 
 def _within(name: str, parent: str) -> bool:
     return name == parent or not parent or name.startswith(f"{parent}.")
-
-
-def _global_rows(inputs: Any, shard_dim: int) -> int:
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs] if is_shape(inputs) else list(inputs)
-    for value in values:
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value) if is_shape(value) else ()
-        if len(shape) >= 3:
-            return int(shape[shard_dim])
-    raise ValueError("no input has rows to shard: expected a shape of three or more dims")
 
 
 def _planned(call: LayerCall, source: RowPartition, shard_dim: int, declared: RowPartition) -> PlannedLayer:

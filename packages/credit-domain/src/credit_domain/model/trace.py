@@ -51,7 +51,14 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
         ghost = meta_copy(model)
     except Exception as error:  # a copy is made by the model's own code
         raise ValueError(f"{type(model).__name__} could not be copied: {type(error).__name__}: {error}") from error
-    args, kwargs = _arguments(inputs, ghost)
+    dtype = real_dtype_of(ghost)
+
+    def unreal(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_like(value, device="meta")
+        return torch.empty(tuple(value), dtype=dtype, device="meta") if is_shape(value) else value
+
+    args, kwargs = arguments_of(inputs, unreal)
     calls: list[LayerCall] = []
     running: list[str] = []
     for name, module in ghost.named_modules():
@@ -132,19 +139,19 @@ def _listing(name: str, calls: list[LayerCall]) -> Any:
     return hook
 
 
-def _arguments(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    dtype = real_dtype_of(model)
-
-    def ghost(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty_like(value, device="meta")
-        return torch.empty(tuple(value), dtype=dtype, device="meta") if is_shape(value) else value
-
+def arguments_of(inputs: Any, made: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that ``inputs`` stands for (see :func:`trace`): each what ``made`` makes of what was given."""
     if isinstance(inputs, Mapping):
-        return (), {name: ghost(value) for name, value in inputs.items()}
-    if isinstance(inputs, Tensor) or is_shape(inputs):
-        return (ghost(inputs),), {}
-    return tuple(ghost(value) for value in inputs), {}
+        return (), {name: made(value) for name, value in inputs.items()}
+    listed = (inputs,) if isinstance(inputs, Tensor) or is_shape(inputs) else tuple(inputs)
+    return tuple(map(made, listed)), {}
+
+
+def rows_of(inputs: Any, shard_dim: int) -> int:
+    """Rows of the first of the inputs, or of arguments, that has three dims or more; 0 if none has."""
+    args, kwargs = arguments_of(inputs, lambda x: tuple(x.shape) if isinstance(x, Tensor) else x)
+    shapes = [shape for shape in (*args, *kwargs.values()) if is_shape(shape) and len(shape) >= 3]
+    return int(shapes[0][shard_dim]) if shapes else 0
 
 
 def is_shape(value: Any) -> bool:
