@@ -51,12 +51,6 @@ def global_mean(
 class GlobalMean(Block):
     """:func:`global_mean` in the place of :class:`torch.nn.AdaptiveAvgPool2d` ``(1)``."""
 
-    def __init__(
-        self, dim: int = -2, *, manager: DomainParallelManager | None = None, label: str | None = None
-    ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.dim = dim
-
     def forward(self, x: Tensor) -> Tensor:
         """Mean of each channel, (B, C, 1, 1); see :func:`global_mean` for errors and collectives."""
         return global_mean(x, dim=self.dim, **self.sharding)

@@ -69,8 +69,7 @@ class PositionTable(Block):
         manager: DomainParallelManager | None = None,
         label: str | None = None,
     ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.dim = dim
+        super().__init__(dim, manager=manager, label=label)
         self.table = nn.Parameter(torch.empty(1, channels, *grid))
         nn.init.trunc_normal_(self.table, std=0.02)
 
