@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +14,11 @@ from credit_domain.blocks.block import Block, worked_out
 from credit_domain.casts import cast_module
 from credit_domain.engine.layer import DomainParallelLayer
 from credit_domain.engine.ranks import domain_of, sizes_of
+from credit_domain.model.trace import LONE_MANAGER
 from credit_domain.ops.interpolation.interpolation import resampled_partition
 from credit_mesh import DomainParallelManager, RowPartition
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_ALONE = SimpleNamespace(domain_parallel_size=1)
 
 
 class Adapter(DomainParallelLayer):
@@ -38,9 +37,7 @@ class Adapter(DomainParallelLayer):
 
         convert_to_domain_parallel(model, manager, custom_converters={Head: ShardedHead})
 
-    Args:
-        module: The module to stand in for.
-        label: What errors and traces call it; None takes the name of the class.
+    It is made of the module to stand in for, as the layers of :mod:`credit_domain.layers` are.
     """
 
     visits_children = True
@@ -134,7 +131,7 @@ def _difference(
         twin, generator = copy.deepcopy(layer), torch.Generator().manual_seed(0)
         for part in twin.modules():
             if isinstance(part, DomainParallelLayer):
-                part.__dict__["manager"] = _ALONE
+                part.__dict__["manager"] = LONE_MANAGER
         plain = in_double(twin.wrapped, generator)
         plain._modules.update(children)
         for name, value in attributes.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from credit_domain.convert import Converter, ConverterKey
+from credit_domain.model.fates import Converter, ConverterKey
 from credit_domain.model.granularity import RowStride, know_stride
 
 

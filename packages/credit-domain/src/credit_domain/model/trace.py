@@ -65,7 +65,7 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
         if isinstance(module, nn.SyncBatchNorm):
             module.train(False)  # in training it asks for a GPU wherever there is a process group; shapes are the same
         module.register_forward_pre_hook(lambda module, args, name=name: running.append(name))
-        module.register_forward_hook(lambda module, args, output: _left(running))
+        module.register_forward_hook(lambda *_: running.__delitem__(-1))  # what it returned would be the result
         if watch(module):
             module.register_forward_hook(_listing(name, calls), with_kwargs=True)
     try:
@@ -79,10 +79,6 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
     return calls
 
 
-def _left(running: list[str]) -> None:
-    running.pop()
-
-
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of a model; weights that hooks computed, which torch does not copy, are computed anew."""
     computed = [v for part in model.modules() for v in vars(part).values() if isinstance(v, Tensor) and not v.is_leaf]
@@ -92,15 +88,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
 FIRST_CALL = "_tries_at_first_call"
 """The attribute by which the hook of a pending trial is known; see ``credit_domain.verification.trial``."""
 
-_ALONE = SimpleNamespace(
+LONE_MANAGER = SimpleNamespace(
     domain_parallel_size=1, domain_rank=0, is_first_domain_rank=True, is_last_domain_rank=True, partition=None
 )
+"""Stands for a manager where a model runs on one rank."""
 
 
 def managers_of(model: nn.Module) -> dict[int, Any]:
     """For a copy that runs on one rank: in place of each manager that its modules hold, one of a single rank."""
     held = (value for part in model.modules() for value in vars(part).values())
-    return {id(value): _ALONE for value in held if isinstance(value, DomainParallelManager)}
+    return {id(value): LONE_MANAGER for value in held if isinstance(value, DomainParallelManager)}
 
 
 def drop_trials(model: nn.Module) -> nn.Module:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from credit_domain.casts import cast_module, cast_tensor
 from credit_domain.containers import mapped
-from credit_domain.convert import Converter, convert_to_domain_parallel, free_windows, refusals
+from credit_domain.convert import Converter, convert_to_domain_parallel
+from credit_domain.model.fates import fates_of
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.trace import arguments_of, is_shape, plain_copy, rows_of
 from credit_domain.sharding import shard_tensor
@@ -92,12 +93,12 @@ def verify_domain_parallel(
             "no input has rows to shard: expected a floating-point or complex tensor of three or more dims"
         )
     local = list(local)
-    if convert is None and (refused := refusals(plain, shard_dim, custom_converters, local)):
-        raise ValueError(refused)
+    fates = fates_of(plain, shard_dim, custom_converters, local)
+    if convert is None:
+        fates.raise_refused()
     granularity = None  # where the model cannot be run for its shapes
     with suppress(ValueError):
-        free = free_windows(plain, custom_converters, shard_dim)
-        granularity = granularity_of(plain, shard_dim, input_shape=args or kwargs, free=free)
+        granularity = granularity_of(plain, shard_dim, input_shape=args or kwargs, free=fates.free)
 
     def converted(manager: DomainParallelManager) -> nn.Module:
         twin = plain_copy(plain)
