@@ -99,7 +99,6 @@ def prove(
         layer: The layer; its ``form`` becomes the first of ``forms`` that agrees.
         what: What the module was taken for.
         inputs: Arguments of each call: shapes are filled with random numbers.
-        forms: Variants that the layer knows.
         children: Stand-ins for children of the module, while it is tested.
         **attributes: Of the module, while it is tested: such as the size of the grid, where it is written into it.
 

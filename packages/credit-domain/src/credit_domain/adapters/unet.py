@@ -183,8 +183,7 @@ class DomainParallelPadded(Adapter):
     ``custom_converters={MyUNet: functools.partial(DomainParallelPadded, multiple=32)}``.
 
     Args:
-        module: The module to stand in for; its forward takes one tensor and returns one of as many rows and columns.
-        shard_dim: The sharded dim of (B, C, H, W).
+        module: The module; its forward takes one tensor and returns one of as many rows and columns.
         multiple: What rows and columns are padded to multiples of.
         mode: How: as in :func:`torch.nn.functional.pad`.
         both_sides: Whether half of it goes before the first row and column, rounded down, in place of all after the
@@ -226,12 +225,10 @@ class DomainParallelPadded(Adapter):
         """Pad, run the module, and crop; returns this rank's rows.
 
         Raises:
-            ValueError: On all ranks alike, if a rank's rows are no multiple after padding; and as
-                :func:`credit_domain.functional.pad`.
+            ValueError: On all ranks alike, if a rank's rows are no multiple after padding.
 
         Collectives:
-            Those of :func:`credit_domain.functional.pad`, of the layers within, and of
-            :func:`credit_domain.functional.crop`.
+            Those of :func:`credit_domain.functional.pad`, of the layers within, and of ``crop``.
         """
         dim = normal_dim(self.shard_dim, x.ndim, 2, self.label)
         given = partition_at(self, x, dim, "given")

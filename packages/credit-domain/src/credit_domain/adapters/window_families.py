@@ -38,8 +38,6 @@ class RegroupedModule(DomainParallelLayer):
         resolution: Name of the attribute that stores the resolution (H, W) of the whole input; empty if it has none.
         shapes: Shapes of an input, of which the first that it takes counts: it is tried on numbers of this size.
         takes: Names of children that mix rows within windows.
-        shard_dim: The sharded dim, as of (B, C, H, W).
-        label: What errors and traces call this layer; None takes the name of the class.
 
     Raises:
         ValueError: If a child mixes rows, the shift is not smaller than the window, other than rows are sharded, or the
@@ -155,15 +153,10 @@ class RegroupedModule(DomainParallelLayer):
 
 
 def _check_children(module: nn.Module, takes: Sequence[str]) -> None:
-    """Refuse children that mix rows: they would see other rows than they should.
-
-    Raises:
-        ValueError: With the name of the child.
-    """
+    """Refuse children that mix rows: they would see other rows than they should."""
     for name, child in module.named_modules():
-        if child is module or name in takes or isinstance(child, (nn.Dropout, DomainParallelDropout)):
-            continue
-        if is_drop_path(child):
+        dropping = isinstance(child, (nn.Dropout, DomainParallelDropout)) or is_drop_path(child)
+        if child is module or name in takes or dropping:
             continue
         decision = decide(child, -2)
         if decision.fate in ("refused", "converted") or isinstance(child, DomainParallelLayer):

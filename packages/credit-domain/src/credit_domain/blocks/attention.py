@@ -45,8 +45,6 @@ def attention(
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         ring: Pass keys and values around.
         chunk: Keys whose scores are in memory at a time, with ``ring``.
-        partition: Who holds which **tokens** of ``key``; where None, the ranks ask each other, once for each ``layer``.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         This rank's tokens, (..., L, Ev).
@@ -112,17 +110,7 @@ def linear_attention(
     Queries are normalised over their features, keys over the tokens of all ranks. What is summed over tokens is so
     small that every rank tells every other its part.
 
-    Args:
-        query: This rank's queries, (..., L, E).
-        key: This rank's keys, (..., S, E).
-        value: This rank's values, (..., S, Ev).
-        scale: Factor of the queries; None is ``1 / sqrt(E)``.
-
-    Returns:
-        This rank's tokens, (..., L, Ev).
-
-    Raises:
-        ValueError: On all ranks alike as :func:`credit_halo.exchange_rows`.
+    Shapes are those of :func:`attention`; ``scale`` is a factor of the queries, and ``1 / sqrt(E)`` where None.
 
     Collectives:
         One message of E * (Ev + 2) numbers for each head to and from each other rank, forward and backward.
@@ -180,11 +168,7 @@ class _TokenAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all tokens; returns this rank's rows of ``x``, (B, C, H, W).
 
-        Raises:
-            ValueError: If ``dim`` is no spatial dim, and as the function that this block calls.
-
-        Collectives:
-            Those of the function that this block calls.
+        Errors and collectives are those of the function that this block calls; ``dim`` must be a spatial dim.
         """
         at = normal_dim(self.dim, x.ndim, self.spatial, self.label)
         result: Tensor = self.to_out(over_tokens(self.to_qkv(x), self.heads, at, self._attend))
@@ -225,14 +209,7 @@ class FullAttention(_TokenAttention):
 
 
 class LinearAttention(_TokenAttention):
-    """:func:`linear_attention` over all tokens of a grid, on this rank's rows (B, C, H, W).
-
-    Args:
-        channels: C.
-        heads: Number of heads.
-        head_channels: Channels of a head.
-        spatial: Number of spatial dims; 3 for (B, C, T, H, W).
-    """
+    """:func:`linear_attention` over all tokens of a grid, with the arguments of :class:`FullAttention` but ``ring``."""
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return linear_attention(query, key, value, manager=self.manager, label=self.label)

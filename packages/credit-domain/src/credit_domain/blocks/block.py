@@ -22,10 +22,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 class Block(nn.Module):
     """A module that hands the functions here what they need to know: ``split_windows(x, 7, **self.sharding)``.
 
-    Args:
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block, the same on every rank; None takes the name of the class.
+    ``label`` is what errors and traces call it, the same on every rank; None takes the name of the class.
     """
 
     def __init__(

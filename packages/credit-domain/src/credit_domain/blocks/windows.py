@@ -142,8 +142,6 @@ def split_windows(
             together do not see each other, as by the mask of Swin. None: along longitude, the last dim, alone.
         dilated: A window holds rows ``r, r + n, r + 2n, ...``, where ``n`` is the number of windows, in place of
             consecutive ones; likewise along the other dims.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         The tokens of this rank's windows, (B, n, N, C), perhaps of none, and what :func:`join_windows` needs.
@@ -183,14 +181,9 @@ def split_windows(
 
 
 def join_windows(tokens: Tensor, layout: Windows) -> Tensor:
-    """Put the windows of :func:`split_windows` back: this rank's rows, (B, C, H, W), of any number of channels.
+    """Put the tokens (B, n, N, C) of :func:`split_windows` back: this rank's rows, (B, C, H, W), of any channels.
 
-    Args:
-        tokens: (B, n, N, C).
-        layout: What :func:`split_windows` returned with them.
-
-    Collectives:
-        Those of :func:`split_windows`.
+    Collectives are those of :func:`split_windows`, which returned ``layout``.
     """
     cuts, nd = layout.cuts, len(layout.cuts)
     windows, sizes = [cut.windows for cut in cuts], [cut.line.window for cut in cuts]
@@ -239,13 +232,10 @@ class WindowAttention(Block):
 
     Args:
         channels: C.
-        window: Size of a window along each spatial dim.
-        heads: Number of heads, which divides C.
-        shift: As :func:`split_windows`, like ``cyclic`` and ``dilated``.
+        window: Size of a window along each spatial dim; it, ``shift``, ``cyclic`` and ``dilated`` are those of
+            :func:`split_windows`.
+        heads: Number of heads, which must divide C.
         qkv_bias: Whether queries, keys and values have a bias.
-
-    Raises:
-        ValueError: If ``heads`` does not divide ``channels``.
     """
 
     relative_position_index: Tensor
@@ -277,14 +267,7 @@ class WindowAttention(Block):
         self.register_buffer("relative_position_index", relative_positions(self.window))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows; returns this rank's rows.
-
-        Raises:
-            ValueError: As :func:`split_windows`.
-
-        Collectives:
-            Those of :func:`split_windows` and :func:`join_windows`.
-        """
+        """Attend within windows; returns this rank's rows. See :func:`split_windows` for errors and collectives."""
         settings = {"cyclic": self.cyclic, "dilated": self.dilated, "dim": self.dim, **self.sharding}
         tokens, layout = split_windows(x, self.window, self.shift, **settings)
         B, n, N, _ = tokens.shape

@@ -65,13 +65,10 @@ class Ghost:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def made(self, dtype: torch.dtype, device: torch.device, weights: dict[str, nn.Parameter]) -> nn.Module:
-        """A model with random weights, without dropout.
+        """A model with random weights, without dropout, in ``dtype`` or the complex dtype that belongs to it.
 
-        Args:
-            dtype: Of floating-point parameters and buffers; complex ones become complex numbers of two of these.
-            device: Where it is.
-            weights: The weights by their names in the plain model. Those that are missing are drawn and added, so that
-                the ghosts of the plain and of the converted model share them.
+        ``weights`` are those by their names in the plain model. Those that are missing are drawn and added, so that the
+        ghosts of the plain and of the converted model share them.
         """
         model, names = copy.deepcopy(self.model), iter(self.order)
         own: dict[int, nn.Parameter] = {}
@@ -96,11 +93,9 @@ class Ghost:
         return model
 
     def follow(self, model: nn.Module, before: Switches) -> None:
-        """Take over what has changed in the real model since: its mode, switches (flags, numbers, texts) and buffers.
+        """Take over what has changed in the converted model since: its mode, switches and buffers.
 
-        Args:
-            model: The converted model as it is now.
-            before: Its switches when it had just been converted.
+        ``before`` are its switches (flags, numbers, texts) when it had just been converted.
         """
         mine, now = dict(self.model.named_modules()), switches_of(model)
         buffers = {name.replace(_CHECKPOINTED, ""): buffer for name, buffer in model.named_buffers()}

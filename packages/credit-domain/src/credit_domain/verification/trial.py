@@ -38,11 +38,7 @@ _ROWS_PER_RANK = 16  # a few strides and windows, so that each rank has neighbou
 class Trial:
     """The trial of one model; made before the model is converted, and begun afterwards.
 
-    Args:
-        plain: The model before it was converted.
-        manager: The domain-parallel manager of the ranks.
-        shard_dim: The sharded dim, negative.
-        reasons: Why each module was converted, or was not, by name.
+    ``reasons`` says why each module was converted, or was not, by name.
     """
 
     def __init__(
@@ -70,11 +66,7 @@ class Trial:
             return None
 
     def begin(self, converted: nn.Module, inputs: Any = None) -> None:
-        """Try the model now if its inputs are known, else at its first call.
-
-        Args:
-            converted: The converted model.
-            inputs: Global shape of its input, or its arguments.
+        """Try the model now if the global shape of its input, or its arguments, are known, else at its first call.
 
         Raises:
             ValueError: On all domain ranks alike, if a module gives other numbers; it is named.

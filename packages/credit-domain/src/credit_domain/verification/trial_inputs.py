@@ -69,19 +69,11 @@ class Given:
 
     @classmethod
     def of_call(
-        cls,
-        values: tuple[Any, Any],
-        shard_dim: int,
-        declared: RowPartition | None,
-        told: Callable[[Any], list[Any]],
+        cls, values: tuple[Any, Any], shard_dim: int, declared: RowPartition | None, told: Callable[[Any], list[Any]]
     ) -> Given | None:
         """From the arguments of this rank; None where some have rows of another height.
 
-        Args:
-            values: Positional and keyword arguments.
-            shard_dim: The sharded dim.
-            declared: The declared partition.
-            told: Gathers what each rank says.
+        ``told`` gathers what each rank says.
         """
         sizes, rows_in = _agreed_rows([x for _, x in tensors_in(values)], shard_dim, declared, told)
         if rows_in is None:
@@ -100,10 +92,7 @@ class Given:
     def tries(self, ranks: int, block: int, weights: int) -> Iterator[Size]:
         """Ways to run a trial, small ones first; the model may insist on its full size, or on its own dtype.
 
-        Args:
-            ranks: Number of domain ranks.
-            block: Rows of a block of small trials.
-            weights: Number of values in the weights.
+        Small ones have ``ranks`` blocks of ``block`` rows. ``weights`` is the number of values in the weights.
         """
         sharded = [x.shape for _, x in tensors_in(self.values) if x.is_meta and has_rows(x, self.rows, self.shard_dim)]
         heights = [h for h in (ranks * block + self.rows % block, ranks * block) if h < self.rows]
