@@ -18,8 +18,8 @@ from credit_domain import convert_to_domain_parallel, plan_domain_parallel
 from credit_domain.engine import driver
 from credit_domain.engine.layer import LAYERS, DomainParallelLayer, Seen, record_of
 from credit_domain.engine.row_op import ROW_OPS, ratio_of
-from credit_domain.rules import decide
-from credit_domain.stride import granularity_of, stride_of
+from credit_domain.model.granularity import granularity_of, stride_of
+from credit_domain.model.rules import decide
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_domain_parallel
 
