@@ -31,7 +31,6 @@ def blocks_of(model: nn.Module, conf: Conf) -> dict[str, nn.Module]:
     """The blocks of a model by name, inner ones before those that they are in; the model itself is none.
 
     Args:
-        model: The model.
         conf: ``trainer.fsdp2_blocks`` lists more blocks, by class names or by dotted names of modules.
 
     Raises:

@@ -22,14 +22,10 @@ def sync_buffers(model: nn.Module, manager: DomainParallelManager | None = None)
 
     Each rank takes them from the rank of the first replica with its own tp and domain coordinates. So buffers that hold
     a rank's own rows keep them, and what domain ranks have alike stays alike. The numbers are those of the first
-    replica whatever the number of domain ranks, and with DDP and FSDP2.
+    replica whatever the number of domain ranks, and with DDP and FSDP2. Without a manager, that of the model takes
+    part.
 
-    Args:
-        model: The model, wrapped or not.
-        manager: Whose data-parallel group takes part; None takes that of the model, or the present one.
-
-    Collectives:
-        Broadcasts over the data-parallel group; none with one replica.
+    Collectives: broadcasts over the data-parallel group; none with one replica.
     """
     manager = manager_of(model) if manager is None else manager
     if manager is None or manager.dp_world_size == 1:

@@ -29,7 +29,6 @@ def all_reduce_avg(t: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
     Args:
         t: A floating-point or complex tensor of the same shape and dtype on every rank.
-        group: The ranks; None means the whole world, or nobody else where torch.distributed is not initialised.
 
     Returns:
         ``t``.
@@ -37,8 +36,7 @@ def all_reduce_avg(t: Tensor, group: ProcessGroup | None = None) -> Tensor:
     Raises:
         ValueError: If ``t`` has no mean, or this rank is none of the group.
 
-    Collectives:
-        One sum.
+    Collectives: one sum.
     """
     if isinstance(t, DTensor) or not (t.is_floating_point() or t.is_complex()):
         kind = "a DTensor" if isinstance(t, DTensor) else t.dtype
@@ -63,14 +61,12 @@ def allreduce_grads_avg(grads: Iterable[Tensor | None], group: ProcessGroup | No
     Args:
         grads: Gradients of the same parameters, in the same order, on every rank. None is left out, so it must be None
             on every rank; :func:`credit_parallel.domain.sync_domain_gradients` agrees on that first.
-        group: The ranks; None means the whole world, or nobody else where torch.distributed is not initialised.
 
     Raises:
         ValueError: On all ranks alike, if any has a gradient that is sparse, no floating-point tensor, or sharded over
             ranks of the group, or has other gradients than the rest. Ranks compare once for each list of shapes.
 
-    Collectives:
-        One sum for each bucket (:data:`BUCKET_BYTES`); a small all-gather the first time.
+    Collectives: one sum for each bucket (:data:`BUCKET_BYTES`); a small all-gather the first time.
     """
     present = [grad for grad in grads if grad is not None]
     ranks = _ranks_in(group, "allreduce_grads_avg")
@@ -87,13 +83,11 @@ def broadcast_tensors(tensors: Iterable[Tensor], group: ProcessGroup | None = No
     Args:
         tensors: The same ones, in the same order, on every rank: of any dtype; of a DTensor this rank's shard. Those
             without data (on the meta device) are left out.
-        group: The ranks; None means the whole world, or nobody else where torch.distributed is not initialised.
 
     Raises:
         ValueError: On all ranks alike, if they have tensors of other shapes or dtypes.
 
-    Collectives:
-        One broadcast for each bucket; a small all-gather the first time.
+    Collectives: one broadcast for each bucket; a small all-gather the first time.
     """
     present = [tensor for tensor in tensors if not tensor.is_meta]
     if _ranks_in(group, "broadcast_tensors") > 1:
@@ -108,11 +102,8 @@ def start_equal(
 ) -> None:
     """Give the model of every rank the weights of the first one, by a broadcast over each group in turn.
 
-    Args:
-        model: The model, of the same parameters on every rank.
-        groups: Process groups of the axes that the weights are the same along.
-        buffers: Those of the axes that buffers are the same along, where these are fewer: domain ranks may hold buffers
-            of their own rows.
+    ``buffers`` are the groups of the axes that buffers are the same along, where these are fewer: domain ranks may hold
+    buffers of their own rows.
     """
     groups = list(groups)
     for group in groups:
@@ -233,9 +224,8 @@ def total_grad_norm(
         ValueError: If ``norm_type`` is not positive, or a gradient is sparse.
         RuntimeError: On all ranks of the world alike, naming those whose gradients are not finite.
 
-    Collectives:
-        One sum of a few numbers over each axis that gradients are sharded along; with ``error_if_nonfinite`` one more
-        over the world, which every rank must take part in.
+    Collectives: one sum of a few numbers over each axis that gradients are sharded along; with ``error_if_nonfinite``
+    one more over the world, which every rank must take part in.
     """
     return _total_norm([(grad, grad) for grad in grads if grad is not None], norm_type, error_if_nonfinite)
 

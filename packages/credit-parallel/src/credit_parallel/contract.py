@@ -46,8 +46,8 @@ def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
 
     Args:
         where: A manager; the whole device mesh; a layout of the world; a configuration with a parallelism block (see
-            :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the
-            present manager, or a single rank where torch.distributed is not initialised.
+            :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the present
+            manager, or a single rank where torch.distributed is not initialised.
 
     Raises:
         ValueError: If the layout is of another number of ranks than torch.distributed has, or nothing says what it is.
@@ -101,18 +101,15 @@ def check_batch(
     Args:
         batch: What the loader returned, before it is sharded: tensors, numpy arrays, numbers, text, dates, None, and
             mappings, lists, tuples and dataclasses of them.
-        where: What says where this rank is; see :func:`credit_parallel.contract.place_of`.
         sharded: Whether each domain rank has read its own rows only. Then batches are compared between tp peers, and
             ``sample_ids`` between domain peers.
         sample_ids: Indices or times of the samples, of the same kinds as ``batch``; needed with ``sharded``.
-        label: What errors call this check.
 
     Raises:
         ValueError: On every rank of the world alike, naming the ranks that differ and the entries of the batch in which
             they do, or an entry that cannot be compared; also if ``sample_ids`` are missing.
 
-    Collectives:
-        An all-gather of six numbers over the world; if it shows a difference, one of a line for each entry.
+    Collectives: an all-gather of six numbers over the world; if it shows a difference, one of a line for each entry.
     """
     layout, at = place_of(where)
     if sharded and sample_ids is None and layout.domain > 1:
@@ -163,8 +160,7 @@ def check_finite(
     Raises:
         ValueError: With ``raises``, on all ranks alike, naming those whose value is not finite.
 
-    Collectives:
-        One sum of a number; with ``raises``, if it shows a value that is not finite, an all-gather of one.
+    Collectives: one sum of a number; with ``raises``, if it shows a value that is not finite, an all-gather of one.
     """
     if isinstance(value, DTensor):
         value = value.to_local()
@@ -252,11 +248,7 @@ def _runs(ranks: Sequence[int]) -> str:
 
 
 def fingerprints(value: Any, path: str = "batch") -> dict[str, str]:
-    """A short text for each entry of nested containers, by its path; equal texts stand for equal bits.
-
-    Raises:
-        ValueError: If an entry is of a kind that cannot be compared.
-    """
+    """A short text for each entry of nested containers, by its path; equal texts stand for equal bits."""
     return dict(_leaves(path, value))
 
 

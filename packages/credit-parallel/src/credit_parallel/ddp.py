@@ -42,7 +42,6 @@ class AveragedDataParallel(DistributedDataParallel):
     Args:
         module: The model.
         group: The ranks that gradients are averaged over.
-        bucket_bytes: Size of the buckets that gradients are sent in.
         **options: Whether buffers are those of the first rank, as torch's class calls that.
     """
 
@@ -124,9 +123,8 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, *
         ValueError: If the model is sharded by FSDP2 or wrapped already, has sparse gradients, or the mesh has several
             axes or spans a part of the domain ranks; for another option.
 
-    Collectives:
-        Broadcasts of the weights over the mesh; in each backward, sums of buckets. Every rank's backward must reach a
-        parameter of the model, or the rank must call :func:`credit_parallel.domain.sync_domain_gradients`.
+    Collectives: broadcasts of the weights over the mesh; in each backward, sums of buckets. Every rank's backward must
+    reach a parameter of the model, or the rank must call :func:`credit_parallel.domain.sync_domain_gradients`.
     """
     if dp_mesh is None or dp_mesh.size() == 1:
         return model

@@ -33,7 +33,6 @@ def apply_domain_parallel(
     Apply it first, before tensor parallelism and FSDP2 or DDP. Domain ranks start with the weights of the first one.
 
     Args:
-        model: The model.
         domain_mesh_or_manager: The domain axis of the device mesh, the whole mesh, or a manager. From a mesh the
             manager of this process is made (:func:`credit_mesh.initialize_domain_parallel`), unless there is one of
             these ranks already.
@@ -47,8 +46,7 @@ def apply_domain_parallel(
         ValueError: If the mesh has no domain axis or the present manager is of other ranks; and as
             ``convert_to_domain_parallel``.
 
-    Collectives:
-        Broadcasts of the weights over the domain ranks.
+    Collectives: broadcasts of the weights over the domain ranks.
     """
     from credit_domain.convert import convert_to_domain_parallel
 
@@ -140,8 +138,7 @@ def shard_lat_weights(weights: Tensor, target_h: int) -> Tensor:
         ValueError: If the weights have another height than the target: where rows are divided, on all ranks alike, if
             any rank has a target of other rows than :func:`shard_spatial` gives it.
 
-    Collectives:
-        A small all-gather the first time that weights are sharded.
+    Collectives: a small all-gather the first time that weights are sharded.
     """
     manager = manager_module.get_domain_parallel_manager()  # at each call: it may be made after the loss
     dim = max(-2, -weights.ndim)
@@ -178,7 +175,6 @@ def unpad_shard_interp(
         y_pred: Prediction (..., H, W) on the padded grid: this rank's rows of it, however they are divided.
         padding_opt: Has ``pad_NS`` (rows added in the north, in the south) and ``pad_WE`` (likewise west, east); None
             where nothing was padded.
-        manager: The manager; None, or a domain of one rank, for a field that is whole.
         image_h: Rows of the target of all ranks.
         image_w: Its columns.
 
@@ -187,10 +183,8 @@ def unpad_shard_interp(
 
     Raises:
         ValueError: On all ranks alike, if the field without its padding is of another size than the target.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
-    Collectives:
-        A message to each rank that some of its rows move to; a small all-gather the first time.
+    Collectives: a message to each rank that some of its rows move to; a small all-gather the first time.
     """
     north_south = tuple(getattr(padding_opt, "pad_NS", (0, 0)))
     west_east = tuple(getattr(padding_opt, "pad_WE", (0, 0)))
@@ -242,18 +236,14 @@ def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | Non
     ranks already (:func:`credit_parallel.mesh.fold_domain`), nothing is done. A parameter that has a gradient on some
     ranks only gets one on all: no gradient counts as zeros.
 
-    Args:
-        model: The model.
-        manager: The manager; None, or a domain of one rank, has no gradients to average over domain ranks.
-
     Raises:
         ValueError: On all ranks alike, if ranks have other parameters, or a gradient is sparse, or sharded over the
             domain ranks without :func:`credit_parallel.fsdp2.apply_fsdp2`; naming them, if parameters with a gradient
             joined the model after DDP or FSDP2 wrapped it, so that nothing averages it.
 
-    Collectives:
-        One sum of a number for each parameter, and those of :func:`credit_parallel.collectives.allreduce_grads_avg`.
-        Under DDP, those of a backward, if the last backward averaged nothing.
+    Collectives: one sum of a number for each parameter, and those of
+    :func:`credit_parallel.collectives.allreduce_grads_avg`. Under DDP, those of a backward, if the last backward
+    averaged nothing.
     """
     raw: nn.Module = get_raw_model(model)
     reducer = reducer_of(raw)

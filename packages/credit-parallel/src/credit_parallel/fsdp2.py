@@ -76,9 +76,8 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None)
     Args:
         model: The model; blocks are its modules of ``BLOCK_CLASSES``, those with ``_fsdp2_shard = True``, and those
             that conf names.
-        dp_mesh: The dp axis; dp x domain as one axis (``fold_domain``); or two axes, to replicate over the first
-            and shard over the second. None is all ranks that do not differ in their tp coordinate.
-        conf: The whole configuration, or its ``trainer`` section.
+        dp_mesh: The dp axis; dp x domain as one axis (``fold_domain``); or two axes, to replicate over the first and
+            shard over the second. None is all ranks that do not differ in their tp coordinate.
 
     Returns:
         The model. Its ``_fsdp2_folds_domain`` says whether gradients are averaged over the domain ranks too.
@@ -88,8 +87,7 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None)
             DistributedDataParallel, the mesh has more axes or spans tp ranks or a part of the domain ranks, conf names
             blocks that are not there, two blocks share a parameter, or a block has parameters of several dtypes.
 
-    Collectives:
-        Broadcasts of the weights over the mesh.
+    Collectives: broadcasts of the weights over the mesh.
     """
     if not dist.is_initialized():
         raise ValueError("apply_fsdp2 needs torch.distributed: call torch.distributed.init_process_group() first")

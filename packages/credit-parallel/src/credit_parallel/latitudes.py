@@ -25,11 +25,7 @@ def checked_latitudes(latitudes: Tensor) -> Tensor:
 
 
 def check_order(latitudes: Tensor) -> None:
-    """Make sure that latitudes are in order.
-
-    Raises:
-        ValueError: If they are not 1-D, or neither increase nor decrease from each to the next.
-    """
+    """Raise a ValueError unless latitudes are 1-D and increase, or decrease, from each to the next."""
     if latitudes.ndim != 1 or not len(latitudes):
         raise ValueError(f"latitudes must be 1-D and in order, one or more of them; got shape {tuple(latitudes.shape)}")
     steps = latitudes.diff()

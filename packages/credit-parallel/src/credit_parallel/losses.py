@@ -40,25 +40,21 @@ def domain_mean(
 
     Args:
         values: The loss of each element, not yet reduced, with this rank's rows along ``dim``; no rows will do.
-        manager: The manager; None takes the present one, and a single rank where there is none.
-        dim: The sharded dim.
         weights: Weight of each row, of shape (rows,): of this rank's rows, or of those of all ranks. Constants.
-        mask: True for the elements that count; broadcasts against ``values``. Without any on all ranks the loss is
-            NaN, as a mean of nothing is.
+        mask: True for the elements that count; broadcasts against ``values``. Without any on all ranks the loss is NaN,
+            as a mean of nothing is.
         partition: Rows of each rank, for example ``manager.partition``; where it is None, ranks ask each other.
-        label: What errors call this loss.
 
     Returns:
         A scalar of the dtype of ``values``; float32 for 16-bit values, whose sum would overflow.
 
     Raises:
-        ValueError: If ``values`` is no floating-point tensor or ``dim`` none of its dims; on all ranks alike, if a
-            rank has other rows than the partition says, its weights fit neither its rows nor those of all, its mask
-            does not fit, or other dims or dtypes differ. With ``partition`` this is compared at its first use.
+        ValueError: If ``values`` is no floating-point tensor or ``dim`` none of its dims; on all ranks alike, if a rank
+            has other rows than the partition says, its weights fit neither its rows nor those of all, its mask does not
+            fit, or other dims or dtypes differ. With ``partition`` this is compared at its first use.
 
-    Collectives:
-        None with ``partition``, after its first use, unless there is a mask or weights are of this rank's rows: then
-        one sum of a number. Without ``partition`` a small all-gather. None in the backward.
+    Collectives: none with ``partition``, after its first use, unless there is a mask or weights are of this rank's
+    rows: then one sum of a number. Without ``partition`` a small all-gather. None in the backward.
     """
     if not values.is_floating_point() or not -values.ndim <= dim < values.ndim:
         raise ValueError(
@@ -91,10 +87,8 @@ def domain_value(loss: Tensor, manager: DomainParallelManager | None = None) -> 
 
     Args:
         loss: This rank's loss, as :func:`domain_mean` returns it.
-        manager: The manager; None takes the present one.
 
-    Collectives:
-        One sum over the domain ranks; none for a single one.
+    Collectives: one sum over the domain ranks; none for a single one.
     """
     domain = domain_of(manager)
     return loss.detach() if domain.size == 1 else all_mean(loss.detach(), domain.process_group)
@@ -112,17 +106,10 @@ def own_weights(
     """This rank's part of weights given for its rows or for all, in float64, and those of all where it has them.
 
     ``x`` has this rank's rows along ``dim``; ``sizes`` are the rows of each rank of ``domain``; a mask must fit ``x``.
+    The first broadcasts against ``x``; the second is None if they are not known on each rank. What does not fit is a
+    ValueError on all ranks alike, as are weights of all rows on some ranks and of their own on others.
 
-    Returns:
-        Weights of a shape that broadcasts against ``x``, and the weights of all rows, or None if they are not known
-        on each rank.
-
-    Raises:
-        ValueError: On all ranks alike, if weights or mask do not fit, or some ranks have weights of all rows and
-            others of their own.
-
-    Collectives:
-        A small all-gather the first time.
+    Collectives: a small all-gather the first time.
     """
     mine, rows = sizes[domain.rank], sum(sizes)
     given = torch.ones(rows, device=x.device) if weights is None else weights.detach()
@@ -184,8 +171,8 @@ def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: boo
     - ``"cos"``: the cosine of a row's latitude (:func:`cos_latitude_weights`); a row at a pole counts nothing.
 
     Args:
-        rows: Number of rows of a grid that is regular from pole to pole, or the latitudes of any grid in degrees,
-            all rows of it, from north to south or south to north.
+        rows: Number of rows of a grid that is regular from pole to pole, or the latitudes of any grid in degrees, all
+            rows of it, from north to south or south to north.
         kind: ``"cell"`` or ``"cos"``.
         pole_is_row: Whether the first and the last row of a regular grid lie at the poles (721 rows of 0.25 degrees) or
             half a row away from them (720). To be said where ``rows`` is a number.

@@ -42,8 +42,7 @@ def fold_domain(mesh: DeviceMesh | None) -> DeviceMesh | None:
         A 1-D mesh of the ranks that share this rank's tp coordinate, in the order (dp, domain), named ``dp_domain``;
         ``mesh["dp"]`` or ``mesh["domain"]`` where it has one of the two; None where it has neither.
 
-    Collectives:
-        Creates process groups the first time; every rank of the mesh must call it.
+    Collectives: creates process groups the first time; every rank of the mesh must call it.
     """
     names = () if mesh is None else mesh.mesh_dim_names or ()
     axes = tuple(axis for axis in ("dp", "domain") if axis in names)
@@ -53,15 +52,7 @@ def fold_domain(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def covers_domain(mesh: DeviceMesh, manager: Any) -> bool:
-    """Whether a mesh spans the domain ranks of this rank, so that averages over it are averages over them too.
-
-    Args:
-        mesh: The mesh that gradients are averaged over.
-        manager: The domain-parallel manager, or None.
-
-    Raises:
-        ValueError: If it spans some of them only.
-    """
+    """Whether a mesh spans the domain ranks of this rank, so that averages over it are averages over them too."""
     if manager is None or manager.domain_parallel_size == 1 or not hasattr(manager, "domain_group"):
         return False
     peers = set(dist.get_process_group_ranks(manager.domain_group))

@@ -30,7 +30,6 @@ class Metric:
     Args:
         weights: Weight of each row, of shape (rows,): of this rank's rows, or of those of all ranks, such as
             :func:`~credit_parallel.losses.latitude_weights` gives. They need no scale. None weighs rows equally.
-        manager: The manager; None takes the present one, and a single rank where torch.distributed is not initialised.
         partition: Rows of each rank, which only weights need. Where it is None, ranks learn them at the first update
             with rows like these if a partition is declared, and at each update otherwise.
         dim: The dim of latitude, which weights belong to. Which dim is sharded the manager knows.

@@ -58,8 +58,6 @@ class GradientReducer:
     Args:
         model: The model, without wrappers. :func:`reducer_of` finds the reducer by it.
         parameters: The parameters to average by name, frozen ones too; the same on every rank, in the same order.
-        group: The ranks.
-        bucket_bytes: Size of a bucket.
         alone: Whether nothing else averages gradients of the model. Parameters that this reducer does not know are
             refused then; FSDP2 and torch's own reducer average the others.
 
@@ -101,11 +99,7 @@ class GradientReducer:
     def settle(self) -> None:
         """Average what no backward has averaged yet: on a rank whose loss reached no parameter, or after ``no_sync``.
 
-        Raises:
-            ValueError: As a backward does, if a gradient cannot be averaged.
-
-        Collectives:
-            None if the last backward averaged; else those of a backward.
+        Collectives: none if the last backward averaged; else those of a backward.
         """
         with self._lock:
             if self._dirty or not self._averaged:

@@ -17,7 +17,6 @@ def data_parallel_sampler(
 
     Args:
         dataset: A dataset with a length.
-        where: What says where this rank is, such as the configuration; see :func:`credit_parallel.contract.place_of`.
         shuffle: Draw a new order in each epoch; see :meth:`~torch.utils.data.DistributedSampler.set_epoch`.
         seed: Seed of the order; the same on every rank.
         drop_last: Drop the samples that do not divide by the replicas, instead of repeating some.

@@ -26,8 +26,7 @@ def fsdp2_state_dict(model: nn.Module) -> dict[str, Any]:
     Returns:
         On the first rank of the world the state dict, in CPU memory of its own; on other ranks an empty dict.
 
-    Collectives:
-        Gathers each sharded tensor; every rank must call it.
+    Collectives: gathers each sharded tensor; every rank must call it.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return _copied(state) if _is_first() else {}
@@ -37,15 +36,13 @@ def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
     """Load the whole state dict that the first rank has into a model, however it is sharded.
 
     Args:
-        model: The model.
         sd: On the first rank of the world a state dict of the plain model, or of a converted model of the reference
             (``a.conv.weight`` for ``a.weight``); on other ranks it is not read.
 
     Raises:
         ValueError: On all ranks alike, if names are missing or unknown, or shapes differ.
 
-    Collectives:
-        A broadcast of each tensor; every rank must call it.
+    Collectives: a broadcast of each tensor; every rank must call it.
     """
     model = get_raw_model(model)
     own = {plain_name(name): name for name in model.state_dict()}
@@ -76,8 +73,7 @@ def fsdp2_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer) -> 
         ValueError: If the optimizer has parameters that are none of the model's, or keeps a plain tensor for a sharded
             parameter: then nobody can tell what it is a part of.
 
-    Collectives:
-        Gathers each sharded tensor; every rank must call it.
+    Collectives: gathers each sharded tensor; every rank must call it.
     """
     names = names_of(model, opt)
     state: dict[str, dict[str, Any]] = {}
@@ -113,8 +109,7 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
         ValueError: On all ranks alike, if groups hold other parameters, or a state is of an unknown parameter, or of
             another shape than the sharded parameter that it belongs to.
 
-    Collectives:
-        A broadcast of each tensor; every rank must call it.
+    Collectives: a broadcast of each tensor; every rank must call it.
     """
     names = names_of(model, opt)
     parameters = {name: p for p, name in names.items()}

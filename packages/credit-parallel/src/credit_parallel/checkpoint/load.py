@@ -42,23 +42,14 @@ logger = logging.getLogger(__name__)
 
 
 class LoadedState(NamedTuple):
-    """What :func:`load_checkpoint` found.
+    """What :func:`load_checkpoint` found."""
 
-    Attributes:
-        step: How many steps were taken.
-        extra: What was saved as ``extra``; tensors in CPU memory.
-        folder: The checkpoint.
-        same_layout: Whether it was saved on this layout, so that random generators go on where they were.
-        missing: Names of the model that it does not have; only without ``strict``.
-        unexpected: Its names that the model does not have; only without ``strict``.
-    """
-
-    step: int
-    extra: Any
-    folder: Path
-    same_layout: bool
-    missing: list[str]
-    unexpected: list[str]
+    step: int  #: how many steps were taken
+    extra: Any  #: what was saved as ``extra``; tensors in CPU memory
+    folder: Path  #: the checkpoint
+    same_layout: bool  #: whether it was saved on this layout, so that random generators go on where they were
+    missing: list[str]  #: names of the model that it does not have; only without ``strict``
+    unexpected: list[str]  #: its names that the model does not have; only without ``strict``
 
 
 class Opened(NamedTuple):
@@ -99,11 +90,8 @@ def load_checkpoint(
 
     Args:
         folder: The folder of one checkpoint, or that of many, of which the latest complete one is taken.
-        target: The context, or the model, wrapped or not.
         optimizer: Of the model's parameters, in the same groups as the saved one; a new one will do. None loads none.
         scheduler: Gets its state by ``load_state_dict``, as the next two; None loads none.
-        scaler: The gradient scaler.
-        sampler: The sampler.
         strict: Whether names that only the checkpoint or only the model has are errors, and states that are asked for
             and were not saved. Without it they are left as they are.
         verify: Compare checksums of all files first, which reads them once; each rank takes some of the files.
@@ -118,8 +106,7 @@ def load_checkpoint(
             tensors where the model has real ones; it says what differs, and nothing is changed.
         CheckpointError: On all ranks alike, if it is damaged or not complete; it says which file is.
 
-    Collectives:
-        Small ones, by which ranks agree.
+    Collectives: small ones, by which ranks agree.
     """
     what = "load_checkpoint"
     if settings not in ("checkpoint", "optimizer"):
@@ -187,12 +174,7 @@ def load_checkpoint(
 
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
-    """Choose the checkpoint, make sure that it is whole, and read its index; on all ranks alike.
-
-    Raises:
-        ValueError: If there is none.
-        CheckpointError: If it is damaged or not complete.
-    """
+    """Choose the checkpoint, make sure that it is whole, and read its index; on all ranks alike."""
     what, chosen = "load_checkpoint", Path(folder).absolute()
     rank, size = rank_and_size()
     with together(what):
@@ -227,12 +209,7 @@ def _model_problem(
 
 
 def _load_state(key: str, thing: Any, opened: Opened) -> None:
-    """Load the state of a scheduler or the like.
-
-    Raises:
-        ValueError: As it raises itself.
-        CheckpointError: If it cannot make anything of the state.
-    """
+    """Load the state of a scheduler or the like; a CheckpointError says that it cannot make anything of it."""
     try:
         thing.load_state_dict(unpack(opened.values[key], opened.small))
     except ValueError:

@@ -38,11 +38,7 @@ def load_model(model: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of an optimizer, for JSON, by names of parameters; its tensors go into ``tensors``.
-
-    Raises:
-        ValueError: If it has parameters that are none of the model's, or keeps a plain tensor for a sharded parameter.
-    """
+    """The state of an optimizer, for JSON, by names of parameters; its tensors go into ``tensors``."""
     names = names_of(model, optimizer)
     state: dict[str, Any] = {}
     for p, name in names.items():
@@ -118,8 +114,8 @@ def rehearse_optimizer(
 ) -> None:
     """Load a saved state into a shadow of an optimizer, whose tensors have shapes and no values.
 
-    Raises:
-        CheckpointError: If the optimizer finds keys missing, or values of other types; ``where`` is the checkpoint.
+    A CheckpointError, which names the checkpoint (``where``), says what keys are missing or of which other type values
+    are.
     """
     shadow = object.__new__(type(optimizer))
     shadow.__dict__.update(optimizer.__dict__)
@@ -204,16 +200,10 @@ def casts(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> list[s
 def model_problem(
     own: Mapping[str, Tensor], others: Sequence[str], stock: Mapping[str, Sequence[int]], strict: bool
 ) -> tuple[str, list[str], list[str]]:
-    """How a saved model differs from this one.
+    """How a saved model differs from this one: the problem, names that are missing there, names that are missing here.
 
-    Args:
-        own: The tensors of this model.
-        others: Names of entries of this model that are no tensors.
-        stock: Shapes of the saved tensors, and () for saved entries that are none.
-        strict: Whether other names are a problem; other shapes always are.
-
-    Returns:
-        The problem, empty if there is none; names that are missing there; names that are missing here.
+    ``others`` are names of this model that are no tensors; ``stock`` has the shapes of saved tensors, () for what is
+    none. Other shapes are a problem always, other names if ``strict``.
     """
     names = [*own, *others]
     missing = [name for name in names if name not in stock]

@@ -40,7 +40,6 @@ def export_plain(
 
     Args:
         folder: The folder of one checkpoint, or that of many, of which the latest complete one is taken.
-        path: The file to write.
         format: ``"safetensors"``, or ``"torch"`` for what ``torch.load`` reads; None takes the former where ``path``
             ends in ``.safetensors``, and the latter elsewhere.
         verify: Compare checksums of the files first.
@@ -116,7 +115,6 @@ def load_plain(
 
     Args:
         source: A file that ``safetensors`` or ``torch.save`` wrote, or a state dict, the same on every rank.
-        target: The context, or the model, wrapped or not.
         key: Where in the file the state dict is, such as ``"model_state_dict"``; None if it is the whole.
         strict: Whether names that only one of both has are errors.
 
@@ -127,8 +125,7 @@ def load_plain(
         ValueError: On all ranks alike, if the file cannot be read, or is of another model; nothing is changed then.
             Complex values do not become real; other casts are said in the log.
 
-    Collectives:
-        Small ones, by which ranks agree.
+    Collectives: small ones, by which ranks agree.
     """
     what = "load_plain"
     model: nn.Module = nn.Module()

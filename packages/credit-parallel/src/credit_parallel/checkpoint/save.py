@@ -63,14 +63,11 @@ def save_checkpoint(
 
     Args:
         folder: The folder of the checkpoints of this training, on a file system that all ranks share. It is this
-            program's from the first save until the program ends, or calls
-            :func:`credit_parallel.checkpoint.release`.
-        target: The context, or the model, wrapped or not.
+            program's from the first save until the program ends, or calls :func:`credit_parallel.checkpoint.release`.
         optimizer: Of the model's parameters.
         step: How many steps were taken; the name of the checkpoint.
         scheduler: The learning-rate scheduler, or anything else with ``state_dict``; its state is that of the first
             rank, as for the next three.
-        scaler: The gradient scaler.
         sampler: The sampler, or its state dict: where workers of a loader read ahead, ``sampler.state_dict(used)``.
         extra: More small state: numbers, text, tensors, and dicts, lists and tuples of them.
         keep: How many checkpoints to keep, this one included; None keeps all.
@@ -85,8 +82,7 @@ def save_checkpoint(
             saves into the folder.
         CheckpointError: On all ranks alike, if it cannot be written, or the asynchronous save before this one was not.
 
-    Collectives:
-        Those of ``torch.distributed.checkpoint.save`` and some small ones.
+    Collectives: those of ``torch.distributed.checkpoint.save`` and some small ones.
     """
     what = f"save_checkpoint at step {step}"
     rank, size = rank_and_size()
@@ -138,12 +134,7 @@ def save_checkpoint(
 
 
 class Save:
-    """A save, which may still be going on; made by :func:`save_checkpoint`.
-
-    Attributes:
-        folder: Where the checkpoint is, once it is complete.
-        step: Its step.
-    """
+    """A save, which may still be going on; made by :func:`save_checkpoint`."""
 
     def __init__(
         self,
@@ -155,7 +146,8 @@ class Save:
         rank: int,
         size: int,
     ) -> None:
-        self.folder, self.step = step_folders.final_of(partial), step
+        self.folder = step_folders.final_of(partial)  #: where the checkpoint is, once it is complete
+        self.step = step  #: its step
         self._partial, self._keep, self._writer, self._values = partial, keep, writer, values
         self._rank, self._size = rank, size
         self._error: Exception | None = None
@@ -175,19 +167,14 @@ class Save:
         Raises:
             CheckpointError: On all ranks alike, if it could not be written.
 
-        Collectives:
-            A small all-gather.
+        Collectives: a small all-gather.
         """
         with together(f"the save of step {self.step}"):
             self.join()
         return self.folder
 
     def join(self) -> None:
-        """Wait for what this rank has to do.
-
-        Raises:
-            CheckpointError: If it failed.
-        """
+        """Wait for what this rank has to do, and raise a CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
         _unfinished.pop(self._rank, None)

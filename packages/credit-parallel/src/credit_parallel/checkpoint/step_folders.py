@@ -38,11 +38,7 @@ _PARTIAL = ".partial-"
 
 
 def check(step_folder: Path) -> None:
-    """Make sure that all files of a checkpoint are there, of their sizes, with the tensors of the index.
-
-    Raises:
-        CheckpointError: If not; it names them.
-    """
+    """Make sure that all files of a checkpoint are there, of their sizes, with the tensors of the index."""
     if _PARTIAL in step_folder.name:
         raise CheckpointError(f"{step_folder} is no complete checkpoint: its save did not end")
     manifest = read_manifest(step_folder)
@@ -60,11 +56,7 @@ def check(step_folder: Path) -> None:
 
 
 def check_contents(step_folder: Path, names: Sequence[str], manifest: Manifest) -> None:
-    """Read files of a checkpoint and compare their checksums.
-
-    Raises:
-        CheckpointError: If one is not what was saved.
-    """
+    """Read files of a checkpoint and compare their checksums."""
     for name in names:
         checksum = 0
         with (step_folder / name).open("rb") as file:
@@ -83,9 +75,6 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint that was saved last of those that are complete; None if there is none.
 
     Damaged ones are passed over, with a warning. Contents are not read.
-
-    Args:
-        folder: The folder of the checkpoints.
 
     Raises:
         NewerFormatError: If the one that was saved last is of a format that a later version of this package writes.

@@ -49,42 +49,24 @@ class NewerFormatError(CheckpointError):
 
 
 class Manifest(NamedTuple):
-    """What a complete checkpoint consists of.
+    """What a complete checkpoint consists of."""
 
-    Attributes:
-        form: The format.
-        step: The step it was saved at.
-        sequence: How many were saved in this folder before, those removed since included.
-        digest: SHA-256 of the index.
-        files: Size and CRC-32 of each file of tensors, by name.
-    """
-
-    form: int
-    step: int
-    sequence: int
-    digest: str
-    files: dict[str, tuple[int, int]]
+    form: int  #: the format
+    step: int  #: the step it was saved at
+    sequence: int  #: how many were saved in this folder before, those removed since included
+    digest: str  #: SHA-256 of the index
+    files: dict[str, tuple[int, int]]  #: size and CRC-32 of each file of tensors, by name
 
 
 class Index(NamedTuple):
-    """What is in a checkpoint.
+    """What is in a checkpoint."""
 
-    Attributes:
-        stock: The tensors, by name.
-        values: Everything else, with the names of its tensors.
-    """
-
-    stock: dict[str, Stored]
-    values: dict[str, Any]
+    stock: dict[str, Stored]  #: the tensors, by name
+    values: dict[str, Any]  #: everything else, with the names of its tensors
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint.
-
-    Raises:
-        NewerFormatError: If it is of a later format.
-        CheckpointError: If it is missing, or is no manifest; it names the file and the key.
-    """
+    """Read and check the manifest of a checkpoint; errors name the file and the key."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} is no complete checkpoint: {path.name} is missing")
@@ -125,11 +107,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_index(folder: Path, manifest: Manifest) -> Index:
-    """Read and check the index of a checkpoint.
-
-    Raises:
-        CheckpointError: If it is not the one that was saved, or makes no sense; it names the file and the key.
-    """
+    """Read and check the index of a checkpoint; errors name the file and the key."""
     path = folder / INDEX
     content = _bytes_of(path, _MOST_INDEX) if path.is_file() else None
     if content is None or hashlib.sha256(content).hexdigest() != manifest.digest:
@@ -151,11 +129,7 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
 
 
 def check_tensor_files(folder: Path, index: Index) -> None:
-    """Make sure that the files have the tensors of the index, of the same dtypes and shapes; no values are read.
-
-    Raises:
-        CheckpointError: If not; it names the file and the tensor.
-    """
+    """Make sure that the files have the tensors of the index, of the same dtypes and shapes; no values are read."""
     files = TensorFiles(folder, index.stock)
     for name, stored in index.stock.items():
         for chunk in stored.chunks:

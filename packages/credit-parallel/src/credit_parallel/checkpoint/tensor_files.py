@@ -69,18 +69,10 @@ class Piece(NamedTuple):
 
 
 def write_tensors(path: Path, pieces: Sequence[Piece], content: str) -> tuple[int, int]:
-    """Write a safetensors file, with one tensor in memory at a time; it is on the disk afterwards.
+    """Write a safetensors file, with one tensor in memory at a time; return its size and CRC-32 when it is on the disk.
 
-    Args:
-        path: The file.
-        pieces: The tensors.
-        content: What the file is, for its metadata.
-
-    Returns:
-        Its size, and its CRC-32.
-
-    Raises:
-        ValueError: If names are so many or so long that no program would read the file.
+    ``content`` says what the file is. A ValueError refuses names so many or so long that no program would read the
+    file.
     """
     # The largest values first, which aligns all of them: the format knows no gaps.
     pieces = sorted(pieces, key=lambda piece: -_carrier(piece.dtype).itemsize)

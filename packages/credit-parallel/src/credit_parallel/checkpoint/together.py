@@ -54,8 +54,7 @@ def resolve(target: Context | nn.Module) -> tuple[nn.Module, RankLayout]:
 def together(what: str) -> Iterator[None]:
     """Around what each rank does by itself: if it fails on any rank, all ranks raise the same error.
 
-    Collectives:
-        An all-gather of a number; if it shows a failure, one of the messages.
+    Collectives: an all-gather of a number; if it shows a failure, one of the messages.
     """
     problem: Exception | None = None
     try:
@@ -94,14 +93,7 @@ def together(what: str) -> Iterator[None]:
 
 @contextmanager
 def owning(folder: Path) -> Iterator[None]:
-    """Around a run that saves into a folder: no other run does meanwhile; every rank calls it.
-
-    Raises:
-        ValueError: On all ranks alike, if another run has it.
-
-    Collectives:
-        Those of :func:`together`.
-    """
+    """Around a run that saves into a folder: a ValueError on all ranks alike if another run does meanwhile."""
     taken = False
     with together(str(folder)):
         if rank_and_size()[0] == 0:

@@ -58,11 +58,7 @@ def _init(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs
 
 
 def _spans_tp(group: Any, divided: dict[str, Any], domain: int) -> bool:
-    """Whether a group holds tp ranks, beside domain ranks and nobody else: then there is one replica.
-
-    Raises:
-        ValueError: If it holds tp ranks and several replicas.
-    """
+    """Whether a group holds tp ranks, beside domain ranks and nobody else; with several replicas a ValueError."""
     ranks = set(dist.get_process_group_ranks(group))
     name, parameter = next(iter(divided.items()))
     assert isinstance(parameter, DTensor)

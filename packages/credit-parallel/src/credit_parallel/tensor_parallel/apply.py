@@ -41,11 +41,10 @@ def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Mo
         The model, changed in place. It has the tp group as ``_tp_group``.
 
     Raises:
-        ValueError: On all ranks alike and before anything is changed, if a declaration is wrong, sizes do not divide,
-            a layer cannot be divided, or the ranks have different models.
+        ValueError: On all ranks alike and before anything is changed, if a declaration is wrong, sizes do not divide, a
+            layer cannot be divided, or the ranks have different models.
 
-    Collectives:
-        A small all-gather, then a broadcast of each parameter and buffer.
+    Collectives: a small all-gather, then a broadcast of each parameter and buffer.
     """
     return _apply(model, tp_mesh, native=False)
 

@@ -17,21 +17,14 @@ Paths = tuple[str, ...]
 
 @dataclass
 class DividedLayer:
-    """A layer to divide.
+    """A layer to divide."""
 
-    Attributes:
-        path: Where it is in its block.
-        layer: The layer.
-        role: ``column`` or ``row``.
-        parts: Sizes of the parts that its divided channels consist of; empty where they are not known.
-        declared: Whether the block declares the parts.
-    """
-
-    path: str
-    layer: nn.Module
-    role: str
+    path: str  #: where it is in its block
+    layer: nn.Module  #: the layer
+    role: str  #: ``column`` or ``row``
+    #: Sizes of the parts that its divided channels consist of; empty where they are not known.
     parts: tuple[int, ...] = ()
-    declared: bool = False
+    declared: bool = False  #: whether the block declares the parts
 
     @property
     def channels(self) -> int:
@@ -57,25 +50,17 @@ class View(NamedTuple):
 
 @dataclass
 class Declaration:
-    """What one block declares.
+    """What one block declares."""
 
-    Attributes:
-        name: Its qualified name.
-        block: The block.
-        layers: The layers to divide, by path.
-        pairs: Column and row layers that belong together.
-        counts: Modules, their integer attributes and what those become.
-        views: Other parameters that go by channel, or are shared by channels.
-        problems: Why the block cannot be made tensor-parallel.
-    """
-
-    name: str
-    block: nn.Module
-    layers: dict[str, DividedLayer] = field(default_factory=dict)
+    name: str  #: its qualified name
+    block: nn.Module  #: the block
+    layers: dict[str, DividedLayer] = field(default_factory=dict)  #: the layers to divide, by path
+    #: Column and row layers that belong together.
     pairs: list[tuple[list[DividedLayer], list[DividedLayer]]] = field(default_factory=list)
+    #: Modules, their integer attributes and what those become.
     counts: list[tuple[nn.Module, str, int]] = field(default_factory=list)
-    views: list[View] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)  #: other parameters that go by channel, or are shared by channels
+    problems: list[str] = field(default_factory=list)  #: why the block cannot be made tensor-parallel
 
     def at(self, path: str = "") -> str:
         """What errors call a module or attribute of the block."""

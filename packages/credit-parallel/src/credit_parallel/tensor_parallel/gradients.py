@@ -39,8 +39,7 @@ def sync_replicated_gradients(model: nn.Module, group: ProcessGroup | None = Non
     Raises:
         ValueError: On all ranks alike, if gradients differ: naming the parameters, with what to do.
 
-    Collectives:
-        In each of the first calls an all-gather of two numbers for each parameter; then none.
+    Collectives: in each of the first calls an all-gather of two numbers for each parameter; then none.
     """
     if group is None:
         group = getattr(model, "_tp_group", None)

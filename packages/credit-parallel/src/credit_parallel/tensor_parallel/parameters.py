@@ -71,8 +71,7 @@ def _divide_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 def broadcast_all(model: nn.Module, mesh: DeviceMesh) -> None:
     """Give every tp rank the parameters and buffers of the first one.
 
-    Collectives:
-        A broadcast of each.
+    Collectives: a broadcast of each.
     """
     group = mesh.get_group()
     source = dist.get_global_rank(group, 0)

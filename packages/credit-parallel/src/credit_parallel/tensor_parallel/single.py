@@ -84,10 +84,8 @@ class _SingleRow(_Single):
 
         Raises:
             ValueError: If they are not as many as this rank's slice of the weight takes.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
-        Collectives:
-            One sum, in the forward.
+        Collectives: one sum, in the forward.
         """
         out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
         if self.bias is None:
@@ -106,10 +104,8 @@ class _SingleColumn(_Single):
 
         Raises:
             ValueError: On all ranks alike, if shape, dtype or the need for a gradient of ``x`` differ.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
-        Collectives:
-            One sum of the gradient of ``x``, in the backward.
+        Collectives: one sum of the gradient of ``x``, in the backward.
         """
         out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
         return out
@@ -138,16 +134,15 @@ class TpColConv2d(_SingleColumn, _SingleConv2d):
     ``conv.weight`` and ``conv.bias``.
 
     Args:
-        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
-            one count.
+        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first one
+            count.
         tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
             group that comes from :func:`credit_mesh.build_device_mesh`.
 
     Raises:
         ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
 
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
+    Collectives: a small all-gather, then a broadcast of each parameter.
     """
 
 
