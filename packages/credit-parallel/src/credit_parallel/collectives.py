@@ -28,10 +28,7 @@ def all_reduce_avg(t: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Average a tensor over ranks, in place, on any backend; no gradient flows through it.
 
     Args:
-        t: A floating-point or complex tensor of the same shape and dtype on every rank.
-
-    Returns:
-        ``t``.
+        t: A floating-point or complex tensor of the same shape and dtype on every rank; it is returned.
 
     Raises:
         ValueError: If ``t`` has no mean, or this rank is none of the group.
@@ -80,12 +77,8 @@ def allreduce_grads_avg(grads: Iterable[Tensor | None], group: ProcessGroup | No
 def broadcast_tensors(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> None:
     """Give every rank the values of the group's first rank, in place.
 
-    Args:
-        tensors: The same ones, in the same order, on every rank: of any dtype; of a DTensor this rank's shard. Those
-            without data (on the meta device) are left out.
-
-    Raises:
-        ValueError: On all ranks alike, if they have tensors of other shapes or dtypes.
+    ``tensors`` are the same ones, in the same order, on every rank: of any dtype; of a DTensor this rank's shard. Those
+    without data (on the meta device) are left out. Other shapes or dtypes are a ValueError on all ranks alike.
 
     Collectives: one broadcast for each bucket; a small all-gather the first time.
     """
@@ -139,12 +132,17 @@ def _in_buckets(tensors: Iterable[Tensor], act: Callable[[Tensor], None], device
         torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that have elements, those of one dtype and device together."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for kind in kinds.values():
+    return list(kinds.values())
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    for kind in _by_kind(tensors):
         bucket: list[Tensor] = []
         size = 0
         for tensor in kind:
@@ -209,16 +207,15 @@ def total_grad_norm(
 ) -> Tensor:
     """Norm of all gradients as one vector: that of the unsharded ones, whatever each is sharded over.
 
+    Returns a plain scalar, in float64 if a gradient is and else in float32. It is the same on every rank, if the
+    gradients that ranks hold copies of are.
+
     Args:
         grads: Gradients of the same parameters, in the same order, on every rank: DTensors on any meshes and plain
             tensors, mixed. A plain tensor is taken to be the same on every rank, and counts once. None is left out, so
             a gradient that is sharded must be None on all of its ranks or on none.
         norm_type: The p of the p-norm: positive, or infinity.
         error_if_nonfinite: Raise on all ranks of the world together where the norm is infinite or NaN on any.
-
-    Returns:
-        The norm, a plain scalar, in float64 if a gradient is and else in float32. It is the same on every rank, if the
-        gradients that ranks hold copies of are.
 
     Raises:
         ValueError: If ``norm_type`` is not positive, or a gradient is sparse.
@@ -239,26 +236,18 @@ def clip_grad_norm_(
     *,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale gradients, in place, so that their norm is at most ``max_norm``.
+    """Scale gradients, in place, so that their norm is at most ``max_norm``; returns the norm before that.
 
-    Does what :func:`torch.nn.utils.clip_grad_norm_` does for unsharded parameters, also for those that it does not
-    take together: sharded over dp x domain, over tp, over both in any order, and not at all.
-
-    ``params`` are the same, in the same order, on every rank. The other arguments, errors and collectives are those of
-    :func:`total_grad_norm`; where it raises, the gradients stay as they are.
-
-    Returns:
-        The norm before scaling.
+    Does what :func:`torch.nn.utils.clip_grad_norm_` does for unsharded parameters, also for those that it does not take
+    together: sharded over dp x domain, over tp, over both in any order, and not at all. ``params`` are the same, in the
+    same order, on every rank. The other arguments, errors and collectives are those of :func:`total_grad_norm`; where
+    it raises, the gradients stay as they are.
     """
     params = [params] if isinstance(params, Tensor) else list(params)
     total = _total_norm([(p.grad, p) for p in params], norm_type, error_if_nonfinite)
     scale = (float(max_norm) / (total + 1e-6)).clamp(max=1.0)
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None and (grad := local_of(p.grad)).numel():
-            kinds.setdefault((grad.dtype, grad.device), []).append(grad)
-    for (_, device), local in kinds.items():
-        torch._foreach_mul_(local, scale.to(device))
+    for local in _by_kind(local_of(p.grad) for p in params if p.grad is not None):
+        torch._foreach_mul_(local, scale.to(local[0].device))
     return total
 
 
@@ -321,13 +310,9 @@ def _summed(grad: Tensor) -> Tensor:
 
 def _local_norm(local: Sequence[Tensor], p: float, device: torch.device, exact: torch.dtype) -> Tensor:
     """Norm of this rank's entries: each tensor's in float32 at least, and that of those in double precision."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in local:
-        if tensor.numel():
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     parts = []
-    for (dtype, _), tensors in kinds.items():
-        norms = torch._foreach_norm(tensors, p, dtype=torch.promote_types(dtype, torch.float32))
+    for tensors in _by_kind(local):
+        norms = torch._foreach_norm(tensors, p, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
         parts.append(torch.stack(norms).abs().to(device, exact))
     if not parts:
         return torch.zeros((), dtype=exact, device=device)

@@ -146,17 +146,11 @@ class ParallelContext:
             yield
 
     def sync_gradients(self) -> None:
-        """After the backward: average the gradients that the backward itself has not averaged.
-
-        Errors and collectives are those of :func:`credit_parallel.domain.sync_domain_gradients`.
-        """
+        """After the backward: average the gradients that the backward itself has not averaged."""
         with naming_missing_ranks("averaging gradients"):
-            self._sync_gradients()
-
-    def _sync_gradients(self) -> None:
-        sync_domain_gradients(self.model, self.manager)
-        if self.mesh is not None and self.layout.tp > 1:
-            sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
+            sync_domain_gradients(self.model, self.manager)
+            if self.mesh is not None and self.layout.tp > 1:
+                sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the norm of all gradients of the whole model; returns what it was, the same on every rank.
@@ -169,12 +163,8 @@ class ParallelContext:
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> Tensor:
         """Synchronise the gradients, clip them, take a step and clear them.
 
-        Args:
-            optimizer: Of the parameters of ``model``.
-            max_norm: The largest norm that is left; None only measures it.
-
-        Returns:
-            The norm of the gradients before they were clipped.
+        ``max_norm`` is the largest norm that is left; None only measures it. Returns the norm before gradients were
+        clipped.
 
         Raises:
             ValueError: On all ranks alike, if it is not finite; no step is taken.

@@ -44,10 +44,9 @@ Where = DomainParallelManager | DeviceMesh | RankLayout | ParallelismConfig | Ma
 def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
     """The layout of the world, and the coordinates of this rank.
 
-    Args:
-        where: A manager; the whole device mesh; a layout of the world; a configuration with a parallelism block (see
-            :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the present
-            manager, or a single rank where torch.distributed is not initialised.
+    ``where`` is a manager; the whole device mesh; a layout of the world; a configuration with a parallelism block (see
+    :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the present
+    manager, or a single rank where torch.distributed is not initialised.
 
     Raises:
         ValueError: If the layout is of another number of ranks than torch.distributed has, or nothing says what it is.
@@ -152,13 +151,8 @@ def check_finite(
 
     Args:
         value: This rank's value or values.
-        group: The ranks that ask together; None means the whole world, or nobody else where torch.distributed is not
-            initialised.
         what: What errors call the value.
-        raises: Raise where it is not finite.
-
-    Raises:
-        ValueError: With ``raises``, on all ranks alike, naming those whose value is not finite.
+        raises: Raise a ValueError where it is not finite, on all ranks alike, naming those whose value it is.
 
     Collectives: one sum of a number; with ``raises``, if it shows a value that is not finite, an all-gather of one.
     """

@@ -251,9 +251,6 @@ def _build_mp_policy(conf: Conf) -> MixedPrecisionPolicy:
     ``fsdp2_mp_policy`` has any of ``param_dtype``, ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``,
     ``"BFloat16"`` or ``"Half"``, or None to leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the
     model alike. Without it, ``amp: True`` is bfloat16 parameters and float32 reductions.
-
-    Raises:
-        ValueError: If a key is unknown, or a value no name of a floating-point dtype.
     """
     trainer = trainer_of(conf)
     given = trainer.get("fsdp2_mp_policy")

@@ -83,10 +83,7 @@ def domain_mean(
 
 
 def domain_value(loss: Tensor, manager: DomainParallelManager | None = None) -> Tensor:
-    """The loss of all rows, for a log: the mean of the domain ranks' losses, detached, the same on each.
-
-    Args:
-        loss: This rank's loss, as :func:`domain_mean` returns it.
+    """The loss of all rows, for a log: the mean of the ranks' :func:`domain_mean`, detached, the same on each.
 
     Collectives: one sum over the domain ranks; none for a single one.
     """
@@ -145,16 +142,10 @@ def _fits(mask: Tensor, x: Tensor) -> bool:
 
 
 def cos_latitude_weights(latitudes_deg: Tensor) -> Tensor:
-    """Cosine of each latitude: the length of its circle, relative to the equator's.
+    """Cosine of each latitude (degrees north): the length of its circle, relative to the equator's, in float64.
 
     That is the area of a row where rows are evenly spaced, to second order in their spacing; see
-    :func:`latitude_weights` for exact areas.
-
-    Args:
-        latitudes_deg: Latitudes in degrees north, of any shape.
-
-    Returns:
-        Weights of the same shape, in float64. They have no scale; what uses them divides by their sum over all rows.
+    :func:`latitude_weights` for exact areas. Weights have no scale; what uses them divides by their sum over all rows.
 
     Raises:
         ValueError: If a latitude is not within -90 to 90.
@@ -163,7 +154,7 @@ def cos_latitude_weights(latitudes_deg: Tensor) -> Tensor:
 
 
 def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: bool | None = None) -> Tensor:
-    """Weight of each row of a grid, with a mean of 1 over all rows.
+    """Weight of each row of a grid, of shape (rows,), in float64, with a mean of 1 over all rows.
 
     - ``"cell"``: the area of a row's cells, exactly. Between latitudes a and b a sphere of radius 1 has the area
       2 pi (sin b - sin a); rows meet halfway between their latitudes, and the outer ones reach to the poles. A row at a
@@ -176,9 +167,6 @@ def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: boo
         kind: ``"cell"`` or ``"cos"``.
         pole_is_row: Whether the first and the last row of a regular grid lie at the poles (721 rows of 0.25 degrees) or
             half a row away from them (720). To be said where ``rows`` is a number.
-
-    Returns:
-        Weights of shape (rows,), in float64.
 
     Raises:
         ValueError: If ``kind`` is unknown, ``pole_is_row`` is missing or not asked for, or latitudes are not 1-D, in

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from credit_domain.casts import cast_module
 from credit_domain.extend import meta_copy, real_dtype_of
 from credit_parallel.blocks import blocks_of
-from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares, read_block
-from credit_parallel.tensor_parallel.validation import check_block, check_model
+from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares
+from credit_parallel.tensor_parallel.validation import read_blocks
 from credit_parallel.trainer_section import Conf
 
 
@@ -105,9 +105,7 @@ def narrow(ghost: nn.Module, tensor: int) -> list[Declaration]:
     blocks = [(name, module) for name, module in ghost.named_modules() if declares(module, native=False)]
     if not blocks:
         raise ValueError("no block declares _tp_col and _tp_row, so there is nothing to divide")
-    declarations = [read_block(name, block, tensor, native=False) for name, block in blocks]
-    problems = [problem for declaration in declarations for problem in check_block(declaration, tensor)]
-    problems += check_model(ghost, declarations)
+    declarations, problems = read_blocks(ghost, blocks, tensor, native=False)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)

@@ -35,12 +35,8 @@ __all__ = [
 def fold_domain(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The dp and domain axes as one axis, for parameters that are sharded over both.
 
-    Args:
-        mesh: The whole mesh, as :func:`credit_mesh.build_device_mesh` returns it.
-
-    Returns:
-        A 1-D mesh of the ranks that share this rank's tp coordinate, in the order (dp, domain), named ``dp_domain``;
-        ``mesh["dp"]`` or ``mesh["domain"]`` where it has one of the two; None where it has neither.
+    Returns a 1-D mesh, named ``dp_domain``, of the ranks that share this rank's tp coordinate, in the order (dp,
+    domain); ``mesh["dp"]`` or ``mesh["domain"]`` where the whole mesh has one of the two; None where it has neither.
 
     Collectives: creates process groups the first time; every rank of the mesh must call it.
     """
@@ -70,11 +66,7 @@ _dp_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 
 
 def register_dp_group(group: ProcessGroup | None) -> None:
-    """Say which ranks hold other samples and the same tp and domain coordinates; None forgets it.
-
-    Raises:
-        ValueError: If a group is given and torch.distributed is not initialised.
-    """
+    """Say which ranks hold other samples and the same tp and domain coordinates; None forgets it."""
     if not dist.is_initialized():
         if group is None:
             return  # a program on one process says so too, and there is nothing to forget

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from credit_parallel._torch_private import after_backward, current_backward
 from credit_parallel.collectives import local_of
@@ -53,16 +54,13 @@ class _Sent(NamedTuple):
 
 
 class GradientReducer:
-    """Averages the gradients of a model over the ranks of a group, in each backward.
+    """Averages the gradients of a model over the ranks of a group, in each backward for which ``enabled`` returns True.
 
     Args:
         model: The model, without wrappers. :func:`reducer_of` finds the reducer by it.
         parameters: The parameters to average by name, frozen ones too; the same on every rank, in the same order.
         alone: Whether nothing else averages gradients of the model. Parameters that this reducer does not know are
             refused then; FSDP2 and torch's own reducer average the others.
-
-    Attributes:
-        enabled: Whether a backward averages; returns False inside ``no_sync``.
     """
 
     def __init__(
@@ -91,6 +89,11 @@ class GradientReducer:
         for i, p in enumerate(self._parameters):
             self._watch(i, p)
         _reducers[model] = self
+
+    def follow(self, wrapper: DistributedDataParallel) -> None:
+        """Average in the backwards in which a wrapper would: not within its ``no_sync``."""
+        itself = ref(wrapper)  # the reducer must not keep its model alive
+        self.enabled = lambda: (alive := itself()) is None or bool(alive.require_backward_grad_sync)
 
     def covers(self, p: Tensor) -> bool:
         """Whether this reducer averages the gradient of a parameter."""

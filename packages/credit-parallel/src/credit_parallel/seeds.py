@@ -46,14 +46,7 @@ def seed_ranks(seed: int, where: Where = None) -> RankSeeds:
     that does not. Loaders must not draw from them where domain peers read the same sample: give them
     ``torch.Generator().manual_seed(seeds.replica)``.
 
-    Args:
-        seed: One number for the whole run, the same on every rank.
-
-    Returns:
-        The seeds; the generators got ``rank``.
-
-    Raises:
-        ValueError: If ``seed`` is no integer, or the layout is not known.
+    ``seed`` is one integer for the whole run, the same on every rank; of the seeds, the generators got ``rank``.
     """
     _, at = place_of(where)
     seeds = rank_seeds(seed, at)
@@ -131,10 +124,7 @@ def noise_like(
 ) -> Tensor:
     """:func:`global_noise` of the shape, dtype and device of ``x``, this rank's rows, with the same other arguments.
 
-    Raises:
-        ValueError: As :func:`global_noise`, or if a rank has other rows than the partition says.
-
-    Collectives: those of :func:`global_noise`; without ``partition`` ranks ask each other, by a small all-gather.
+    A rank that has other rows than the partition says is a ValueError too.
     """
     domain = domain_of(manager)
     sizes = sizes_of(x, dim, domain, label, partition)

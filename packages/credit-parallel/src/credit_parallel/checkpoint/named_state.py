@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from credit_parallel.checkpoint.json_values import names_in, pack, unpack
 from credit_parallel.checkpoint.saved_tensors import Stock, name_of
 from credit_parallel.checkpoint.strict_reader import CheckpointError
-from credit_parallel.state_dicts import is_plain_part, names_of, optimizer_misfits, plain_name
+from credit_parallel.state_dicts import names_of, optimizer_misfits, plain_name, refuse_plain_part, zeros_like_parameter
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,7 @@ def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         state[name] = {}
         for key, value in optimizer.state[p].items():
             path = f"{OPTIMIZER}{name}/{key}"
-            if isinstance(p, DTensor) and is_plain_part(value):
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key} of {name}, which is sharded, as a plain "
-                    f"{type(value).__name__}: what it would be for the whole parameter is not known"
-                )
+            refuse_plain_part(optimizer, p, f"{key} of {name}", value)
             if isinstance(value, DTensor):
                 tensors[path] = value.detach()
                 state[name][key] = {"tensor": path}
@@ -93,9 +89,7 @@ def optimizer_targets(
     def allocate(name: str, p: Tensor) -> None:
         stored = stock[name]
         if stored.shape == tuple(p.shape) and not (name.endswith("/step") and not stored.shape):
-            # Torch casts the states of real parameters when it loads them, and leaves complex ones as they are.
-            dtype = p.dtype if p.is_complex() and stored.dtype.is_complex else stored.dtype
-            targets[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            targets[name] = zeros_like_parameter(p, stored.dtype)
         else:
             targets[name] = torch.zeros(stored.shape, dtype=stored.dtype, device=p.device if stored.shape else "cpu")
 

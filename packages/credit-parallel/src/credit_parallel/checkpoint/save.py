@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from credit_halo import naming_missing_ranks
-from credit_mesh import RankLayout
 from credit_parallel.checkpoint import step_folders
 from credit_parallel.checkpoint.folder_owner import claim
 from credit_parallel.checkpoint.json_values import pack
@@ -86,11 +85,9 @@ def save_checkpoint(
     """
     what = f"save_checkpoint at step {step}"
     rank, size = rank_and_size()
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    layout = RankLayout()
     with together(what):
-        _settle(rank)
+        if rank in _unfinished:
+            _unfinished[rank].join()
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a number of steps; got {step!r}")
         if keep is not None and keep < 1:
@@ -159,10 +156,7 @@ class Save:
 
     @naming_missing_ranks("saving a checkpoint")
     def wait(self) -> Path:
-        """Wait until the checkpoint is complete; every rank calls it.
-
-        Returns:
-            Its folder.
+        """Wait until the checkpoint is complete, and return its folder; every rank calls it.
 
         Raises:
             CheckpointError: On all ranks alike, if it could not be written.
@@ -250,13 +244,6 @@ class Save:
         for rank in range(self._size):
             self._note_of(rank).unlink()
         return files
-
-
-def _settle(rank: int) -> None:
-    """Wait for the save before."""
-    before = _unfinished.get(rank)
-    if before is not None:
-        before.join()
 
 
 def _collect(

@@ -64,23 +64,17 @@ def together(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         problem = error
-    if not is_distributed():
-        if isinstance(problem, (ValueError, CheckpointError, OSError)):
-            raise (ValueError if isinstance(problem, ValueError) else CheckpointError)(
-                f"{what}: {problem}"
-            ) from problem
-        if problem is not None:
-            raise problem
-        return
+    expected = isinstance(problem, (ValueError, CheckpointError))
+    if problem is not None and not is_distributed() and not expected and not isinstance(problem, OSError):
+        raise problem
     kind = 0 if problem is None else 1 if isinstance(problem, ValueError) else 2
     with naming_missing_ranks(what):
         kinds = [kind for (kind,) in gather_numbers([kind])]
-    if not any(kinds):
-        return
-    texts: list[str] = [""] * len(kinds)
-    text = str(problem) if isinstance(problem, (ValueError, CheckpointError)) else repr(problem)
-    with naming_missing_ranks(what):
-        dist.all_gather_object(texts, text if problem is not None else "")
+        if not any(kinds):
+            return
+        texts = [str(problem) if expected or not is_distributed() else repr(problem)] * len(kinds)
+        if is_distributed():
+            dist.all_gather_object(texts, texts[0])
     ranks: dict[str, list[str]] = {}
     for rank, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
         if kind:
