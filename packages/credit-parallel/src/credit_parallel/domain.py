@@ -110,7 +110,7 @@ def shard_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Tens
 
 
 def gather_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Tensor:
-    """The rows of all ranks, on every rank: undoes :func:`shard_spatial`, with a single rank too; see ``gather_tensor``.
+    """The rows of all ranks, on every rank: undoes :func:`shard_spatial`; see ``gather_tensor``.
 
     Differentiable; between the steps of a rollout pass it a detached tensor.
     """
