@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from credit_halo import naming_missing_ranks
 from credit_halo.extend import agree, as_bytes
-from credit_parallel.contract import device_of
+from credit_parallel.contract import device_of, gather_numbers
 
 BUCKET_BYTES = 1 << 26
 """Gradients travel in buckets of at most this size; larger ones travel alone, without a copy."""
@@ -222,7 +222,7 @@ def total_grad_norm(
         RuntimeError: On all ranks of the world alike, naming those whose gradients are not finite.
 
     Collectives: one sum of a few numbers over each axis that gradients are sharded along; with ``error_if_nonfinite``
-    one more over the world, which every rank must take part in.
+    an all-gather of one over the world, which every rank must take part in.
     """
     return _total_norm([(grad, grad) for grad in grads if grad is not None], norm_type, error_if_nonfinite)
 
@@ -230,11 +230,7 @@ def total_grad_norm(
 @naming_missing_ranks("norm of the gradients")
 @torch.no_grad()
 def clip_grad_norm_(
-    params: Iterable[Tensor] | Tensor,
-    max_norm: float,
-    norm_type: float = 2.0,
-    *,
-    error_if_nonfinite: bool = False,
+    params: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
     """Scale gradients, in place, so that their norm is at most ``max_norm``; returns the norm before that.
 
@@ -334,13 +330,7 @@ def _refuse_nonfinite(own: Tensor, total: Tensor, p: float) -> None:
     """Raise on every rank of the world where any has gradients without a finite norm."""
     # 1: the norm is not finite here; 2: because of this rank's own gradients.
     bad = (~torch.isfinite(total)).long() * (1 + (~own).long())
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        states = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device_of(None))
-        states[dist.get_rank()] = bad
-        dist.all_reduce(states)
-    else:
-        states = bad[None]
-    listed = states.tolist()
+    listed = [state for (state,) in gather_numbers([int(bad)])]
     if any(listed):
         ranks = [rank for rank, state in enumerate(listed) if state == max(listed)]
         raise RuntimeError(

@@ -161,13 +161,10 @@ class ParallelContext:
             return clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> Tensor:
-        """Synchronise the gradients, clip them, take a step and clear them.
+        """Synchronise the gradients, clip them, take a step and clear them; returns the norm before they were clipped.
 
-        ``max_norm`` is the largest norm that is left; None only measures it. Returns the norm before gradients were
-        clipped.
-
-        Raises:
-            ValueError: On all ranks alike, if it is not finite; no step is taken.
+        ``max_norm`` is the largest norm that is left; None only measures it. One that is not finite is a ValueError on
+        all ranks alike, and no step is taken.
         """
         if not self._told:
             self._told = True

@@ -85,12 +85,7 @@ def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
 
 @naming_missing_ranks("comparing batches")
 def check_batch(
-    batch: Any,
-    where: Where = None,
-    *,
-    sharded: bool = False,
-    sample_ids: Any = None,
-    label: str = "check_batch",
+    batch: Any, where: Where = None, *, sharded: bool = False, sample_ids: Any = None, label: str = "check_batch"
 ) -> None:
     """Make sure that all ranks which share a sample have read the same batch, bit for bit.
 
@@ -101,8 +96,7 @@ def check_batch(
         batch: What the loader returned, before it is sharded: tensors, numpy arrays, numbers, text, dates, None, and
             mappings, lists, tuples and dataclasses of them.
         sharded: Whether each domain rank has read its own rows only. Then batches are compared between tp peers, and
-            ``sample_ids`` between domain peers.
-        sample_ids: Indices or times of the samples, of the same kinds as ``batch``; needed with ``sharded``.
+            ``sample_ids`` (indices or times of the samples), which are needed, between domain peers.
 
     Raises:
         ValueError: On every rank of the world alike, naming the ranks that differ and the entries of the batch in which
@@ -154,22 +148,17 @@ def check_finite(
         what: What errors call the value.
         raises: Raise a ValueError where it is not finite, on all ranks alike, naming those whose value it is.
 
-    Collectives: one sum of a number; with ``raises``, if it shows a value that is not finite, an all-gather of one.
+    Collectives: an all-gather of a number.
     """
     if isinstance(value, DTensor):
         value = value.to_local()
     finite = bool(torch.isfinite(value.detach()).all()) if isinstance(value, Tensor) else math.isfinite(value)
-    everywhere = finite
-    if dist.is_available() and dist.is_initialized():
-        bad = torch.tensor([not finite], dtype=torch.int64, device=device_of(group))
-        dist.all_reduce(bad, group=group)
-        everywhere = not bad.item()
-    if raises and not everywhere:
-        flags = gather_numbers([not finite], group)
+    bad = [flag for (flag,) in gather_numbers([not finite], group)]
+    if raises and any(bad):
         names = dist.get_process_group_ranks(group) if dist.is_initialized() else [0]
-        where = _runs([rank for rank, (bad_here,) in zip(names, flags, strict=True) if bad_here])
-        raise ValueError(f"{what} is not finite on rank {where} (of {len(flags)})")
-    return everywhere
+        where = _runs([rank for rank, flag in zip(names, bad, strict=True) if flag])
+        raise ValueError(f"{what} is not finite on rank {where} (of {len(bad)})")
+    return not any(bad)
 
 
 @naming_missing_ranks("comparing numbers")

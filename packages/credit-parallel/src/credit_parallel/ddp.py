@@ -91,18 +91,15 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, *
     axis is folded in, each rank takes them from the rank of the first replica with its own domain coordinate, because
     domain ranks may have buffers of their own rows.
 
+    Returns a DistributedDataParallel; the model itself where no parameter is trained, or all that are trained are
+    DTensors, whose gradients are averaged all the same.
+
     Args:
-        model: The model, on its device.
         dp_mesh: The dp axis; or dp x domain as one axis (:func:`credit_parallel.mesh.fold_domain`), whose gradients are
             averaged over the domain ranks too. None, an axis of one rank, leaves the model as it is.
-        conf: ``trainer.find_unused_parameters`` may be true or false; unused parameters are handled either way.
         **options: Of DistributedDataParallel ``broadcast_buffers`` (``forward_sync_buffers`` in newer versions of
             torch) and ``bucket_cap_mb``. ``find_unused_parameters``, ``static_graph`` and ``gradient_as_bucket_view``
-            are taken, and not needed.
-
-    Returns:
-        The wrapped model, a DistributedDataParallel; the model itself where no parameter is trained, or all that are
-        trained are DTensors. Their gradients are averaged all the same.
+            are taken, here or in the configuration, and not needed.
 
     Raises:
         ValueError: If the model is sharded by FSDP2 or wrapped already, has sparse gradients, or the mesh has several

@@ -63,7 +63,8 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None)
 
     Apply it after domain and tensor parallelism, and make the optimizer after it. All ranks start with the weights of
     the first one. Gradients are averaged over the ranks of the mesh. Complex parameters stay whole on every rank, since
-    fully_shard does not take them, and their gradients are averaged as under DDP.
+    fully_shard does not take them, and their gradients are averaged as under DDP. ``_fsdp2_folds_domain`` of the model
+    says whether gradients are averaged over the domain ranks too.
 
     ``conf["trainer"]`` is asked for:
 
@@ -78,9 +79,6 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None)
             that conf names.
         dp_mesh: The dp axis; dp x domain as one axis (``fold_domain``); or two axes, to replicate over the first and
             shard over the second. None is all ranks that do not differ in their tp coordinate.
-
-    Returns:
-        The model. Its ``_fsdp2_folds_domain`` says whether gradients are averaged over the domain ranks too.
 
     Raises:
         ValueError: If torch.distributed is not initialised, the model is sharded already or is a

@@ -12,8 +12,7 @@ ROUNDING = 1e-4
 def checked_latitudes(latitudes: Tensor) -> Tensor:
     """Latitudes, degrees north, in float64; one within rounding of a pole, such as 90.0000025, is the pole.
 
-    Raises:
-        ValueError: If one is farther than rounding beyond a pole, or not a number.
+    A ValueError refuses what is farther beyond a pole, or not a number.
     """
     found = torch.as_tensor(latitudes).to(torch.float64)
     wrong = ~(found.abs() <= 90 + ROUNDING)

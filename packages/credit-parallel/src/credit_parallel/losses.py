@@ -33,7 +33,8 @@ def domain_mean(
 
     It takes the place of ``values.mean()``: ``domain_mean((prediction - target) ** 2).backward()``, and then average
     the gradients over the domain ranks. The mean is ``sum(w * values) / sum(w)`` over the elements that the mask keeps,
-    so weights need no scale: it is as if their mean over all rows were 1.
+    so weights need no scale: it is as if their mean over all rows were 1. The loss is a scalar of the dtype of
+    ``values``; float32 for 16-bit values, whose sum would overflow.
 
     A masked element may be NaN, but the gradient of what it came from is then NaN too (0 * NaN). Where a target has no
     value, fill it before the difference is taken, as in ``target.nan_to_num()``.
@@ -44,9 +45,6 @@ def domain_mean(
         mask: True for the elements that count; broadcasts against ``values``. Without any on all ranks the loss is NaN,
             as a mean of nothing is.
         partition: Rows of each rank, for example ``manager.partition``; where it is None, ranks ask each other.
-
-    Returns:
-        A scalar of the dtype of ``values``; float32 for 16-bit values, whose sum would overflow.
 
     Raises:
         ValueError: If ``values`` is no floating-point tensor or ``dim`` none of its dims; on all ranks alike, if a rank
@@ -146,9 +144,7 @@ def cos_latitude_weights(latitudes_deg: Tensor) -> Tensor:
 
     That is the area of a row where rows are evenly spaced, to second order in their spacing; see
     :func:`latitude_weights` for exact areas. Weights have no scale; what uses them divides by their sum over all rows.
-
-    Raises:
-        ValueError: If a latitude is not within -90 to 90.
+    A latitude that is not within -90 to 90 is a ValueError.
     """
     return torch.cos(torch.deg2rad(checked_latitudes(latitudes_deg)))
 

@@ -173,10 +173,8 @@ class _MeanOfErrors(Metric):
     def update(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
         """Add samples: this rank's rows of prediction and truth, of shape (B, C, ..., H, W).
 
-        The mask, True for the elements that count, broadcasts against ``prediction``; elsewhere NaN will do.
-
-        Raises:
-            ValueError: If shapes differ, also from earlier ones, or weights or mask do not fit.
+        The mask, True for the elements that count, broadcasts against ``prediction``; elsewhere NaN will do. Shapes
+        that differ, also from earlier ones, are a ValueError, as are weights or a mask that do not fit.
         """
         prediction, target = self._pair(prediction, target)
         weights = self._weights(prediction, mask)
@@ -233,11 +231,7 @@ class ACC(Metric):
     def update(
         self, prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, climatology: Tensor | None = None
     ) -> None:
-        """Add samples, as ``RMSE.update``, with a climatology of their own that broadcasts against them.
-
-        Raises:
-            ValueError: As there, and if there is no climatology.
-        """
+        """Add samples, as ``RMSE.update``, with a climatology that broadcasts against them; a ValueError without."""
         normal = self.climatology if climatology is None else climatology
         if normal is None:
             raise ValueError("ACC: needs a climatology: pass it to ACC() or to update()")
@@ -268,10 +262,8 @@ class ZonalSpectrum(Metric):
     def update(self, prediction: Tensor, target: Tensor | None = None) -> None:
         """Add samples: this rank's rows, with all longitudes, of shape (B, C, ..., H, W).
 
-        Leave the target out, always, to see the spectrum of one thing alone.
-
-        Raises:
-            ValueError: If the last dim, longitude, is sharded, shapes differ, or weights do not fit.
+        Leave the target out, always, to see the spectrum of one thing alone. Errors are those of ``RMSE.update``; also,
+        the last dim, longitude, must not be sharded.
         """
         dim, channel, _ = self._dims(prediction)
         last = prediction.ndim - 1

@@ -7,11 +7,10 @@ without a gradient on every rank keeps none.
 
 Ranks must send the same messages, although each has other gradients. What is sent follows from what all ranks know:
 
-- *Active* parameters lie in buckets. A bucket is sent as soon as its gradients are there. The rest is sent at the end
-  of the backward, with zeros for what is missing.
-- The last bucket carries one more number for each parameter of the model: whether this rank has a gradient of it. Its
-  sum tells all ranks which parameters have one anywhere. Those that are not active are then sent too, and are active
-  from then on. A parameter that had no gradient for :data:`IDLE_ROUNDS` rounds is not active any more.
+- *Active* parameters lie in buckets. A bucket is sent as soon as its gradients are there, the rest at the end of the
+  backward, with zeros for what is missing.
+- The last bucket also says of each parameter whether this rank has a gradient. Its sum tells all ranks which have one
+  anywhere. Those that are not active are then sent too, and are active until :data:`IDLE_ROUNDS` rounds without one.
 """
 
 from __future__ import annotations

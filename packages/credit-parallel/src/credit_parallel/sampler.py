@@ -78,8 +78,7 @@ class DataParallelSampler(DistributedSampler[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken, on any number of replicas that divides the samples used so far.
 
-        Raises:
-            ValueError: If the state is of another dataset length, seed or order, or the samples used do not divide.
+        A state of another dataset length, seed or order is a ValueError, as are samples that do not divide.
         """
         mine = self._identity()
         other = {key: (state.get(key), value) for key, value in mine.items() if state.get(key) != value}

@@ -84,8 +84,8 @@ def global_noise(
         device: Where the noise is wanted; None takes that of the generator.
 
     Raises:
-        ValueError: On all domain ranks alike, if they have seeded the generator or ask for fields differently (compared
-            the first time), or the partition does not fit.
+        ValueError: On all domain ranks alike, if they have seeded the generator or ask for fields differently, or the
+            partition does not fit.
 
     Collectives: a small all-gather the first time that a seed meets a shape.
     """

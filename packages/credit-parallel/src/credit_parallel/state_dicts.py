@@ -200,7 +200,7 @@ def _misfits(model: nn.Module, own: Mapping[str, str], sd: Mapping[str, Any]) ->
         value, given = values[own[name]], sd.get(name)
         if isinstance(value, Tensor) and isinstance(given, Tensor) and value.shape != given.shape:
             problems.append(f"{name} is of shape {tuple(given.shape)}, the model's of {tuple(value.shape)}")
-    return _listed(problems)
+    return first_few(problems, "; ")
 
 
 def optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequence[str]], sd: Mapping[str, Any]) -> str:
@@ -222,12 +222,13 @@ def optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequenc
         for key, value in values.items():
             if isinstance(p, DTensor) and isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
                 problems.append(f"{key} of {name} is of shape {tuple(value.shape)}, the parameter of {tuple(p.shape)}")
-    return _listed(problems)
+    return first_few(problems, "; ")
 
 
-def _listed(problems: Sequence[str]) -> str:
-    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-    return "; ".join(problems[:8]) + more
+def first_few(items: Sequence[str], between: str = ", ") -> str:
+    """The first eight of some texts, and how many more there are."""
+    more = [f"and {len(items) - 8} more"] if len(items) > 8 else []
+    return between.join([*items[:8], *more])
 
 
 # The first rank

@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from credit_parallel.checkpoint.json_values import names_in, pack, unpack
 from credit_parallel.checkpoint.saved_tensors import Stock, name_of
 from credit_parallel.checkpoint.strict_reader import CheckpointError
-from credit_parallel.state_dicts import names_of, optimizer_misfits, plain_name, refuse_plain_part, zeros_like_parameter
+from credit_parallel.state_dicts import (
+    first_few,
+    names_of,
+    optimizer_misfits,
+    plain_name,
+    refuse_plain_part,
+    zeros_like_parameter,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +135,7 @@ def rehearse_optimizer(
 
 
 def load_optimizer(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, Any],
-    tensor_of: Callable[[str], Tensor],
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], tensor_of: Callable[[str], Tensor]
 ) -> None:
     """Give an optimizer a saved state, whose tensors are there."""
     _load(optimizer, list(names_of(model, optimizer).values()), saved, tensor_of)
@@ -176,7 +180,7 @@ def dtype_problem(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -
         for name, p in own.items()
         if name in saved and saved[name].is_complex and not p.is_complex()
     ]
-    return f"complex tensors do not fit into real ones: {_some(lost)}" if lost else ""
+    return f"complex tensors do not fit into real ones: {first_few(lost)}" if lost else ""
 
 
 def casts(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> list[str]:
@@ -209,13 +213,9 @@ def model_problem(
     ]
     problems = []
     if strict and missing:
-        problems.append(f"missing from it: {_some(missing)}")
+        problems.append(f"missing from it: {first_few(missing)}")
     if strict and unexpected:
-        problems.append(f"unexpected in it: {_some(unexpected)}")
+        problems.append(f"unexpected in it: {first_few(unexpected)}")
     if shapes:
-        problems.append(f"of other shapes: {_some(shapes)}")
+        problems.append(f"of other shapes: {first_few(shapes)}")
     return "; ".join(problems), missing, unexpected
-
-
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")

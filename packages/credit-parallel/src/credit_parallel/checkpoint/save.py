@@ -71,10 +71,7 @@ def save_checkpoint(
         extra: More small state: numbers, text, tensors, and dicts, lists and tuples of them.
         keep: How many checkpoints to keep, this one included; None keeps all.
         asynchronous: Copy everything to memory, and write it while training goes on. The next save waits for it, and so
-            does the end of the program.
-
-    Returns:
-        The save; :meth:`Save.wait` makes sure that it is on the disk. One that is not asynchronous is.
+            does the end of the program. :meth:`Save.wait` makes sure that it is on the disk.
 
     Raises:
         ValueError: On all ranks alike, if something cannot be saved, ranks differ in what they save, or another program
@@ -158,10 +155,7 @@ class Save:
     def wait(self) -> Path:
         """Wait until the checkpoint is complete, and return its folder; every rank calls it.
 
-        Raises:
-            CheckpointError: On all ranks alike, if it could not be written.
-
-        Collectives: a small all-gather.
+        A CheckpointError on all ranks alike says why it could not be written. Collectives: a small all-gather.
         """
         with together(f"the save of step {self.step}"):
             self.join()
