@@ -22,8 +22,7 @@ class RankWriter(StorageWriter):
 
     def __init__(self, path: Path, *, snapshot: bool) -> None:
         self.path, self.snapshot = path, snapshot
-        self.stock: dict[str, Stored] = {}
-        """On the first rank, once planned, the tensors of all ranks."""
+        self.stock: dict[str, Stored] = {}  #: on the first rank, once planned, the tensors of all ranks
         self.size = self.checksum = 0
         self._pieces: list[Piece] = []
 

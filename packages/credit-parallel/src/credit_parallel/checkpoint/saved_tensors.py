@@ -33,8 +33,7 @@ class Chunk(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
-    start: int = 0
-    """Where its bytes begin; in the former format only."""
+    start: int = 0  #: where its bytes begin; in the former format only
 
 
 class Stored(NamedTuple):

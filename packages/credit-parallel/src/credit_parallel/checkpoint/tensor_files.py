@@ -55,8 +55,7 @@ class Piece(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    get: Callable[[], Tensor]
-    """Returns the tensor, in CPU memory."""
+    get: Callable[[], Tensor]  #: returns the tensor, in CPU memory
 
 
 def write_tensors(path: Path, pieces: Sequence[Piece], content: str) -> tuple[int, int]:

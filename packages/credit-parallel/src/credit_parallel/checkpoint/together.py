@@ -23,10 +23,8 @@ from credit_parallel.domain import get_raw_model, manager_of
 class Context(Protocol):
     """What is asked of a context: :class:`credit_parallel.context.ParallelContext` is one."""
 
-    model: nn.Module
-    """The model, wrapped or not."""
-    layout: RankLayout
-    """Sizes of the axes."""
+    model: nn.Module  #: the model, wrapped or not
+    layout: RankLayout  #: sizes of the axes
 
 
 def is_distributed() -> bool:
