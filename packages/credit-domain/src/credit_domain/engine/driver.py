@@ -16,7 +16,7 @@ from torch import Tensor
 
 from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.ranks import Domain, constant, domain_of, known_sizes, normal_dim, sizes_of
-from credit_domain.engine.row_op import RowOp, footprint_for
+from credit_domain.engine.row_op import ROW_OPS, RowOp, footprint_for
 from credit_domain.engine.skips import follow
 from credit_halo import exchange_rows, plan_rows
 from credit_halo.extend import marked, ops, plans
@@ -27,7 +27,9 @@ class Call(NamedTuple):
     """What every operation is told beside its own arguments.
 
     Attributes:
+        dim: The sharded dim.
         partition: Who holds which rows of the input; where None, the ranks ask each other.
+        manager: Whose domain group takes part; None is the present one, or nobody else.
         label: What errors and traces call the operation.
         layer: The number that a layer remembers its partition by; None for a function.
     """
@@ -83,13 +85,13 @@ def step_for(op: RowOp, sizes: tuple[int, ...], rank: int, label: str) -> Step:
 
 @constant
 def _step_for(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
-    return _cached_step(kind, numbers, sizes, rank, label)
+    return _cached_step(ROW_OPS[kind], numbers, sizes, rank, label)
 
 
-@lru_cache(maxsize=4096)
-def _cached_step(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
+@lru_cache(maxsize=4096)  # by class, not by name: in a notebook, a class is written more than once
+def _cached_step(op: type, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
     try:
-        return step_of(footprint_for(kind, numbers, sizes), rank)
+        return step_of(footprint_for(op, numbers, sizes), rank)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error.__cause__
 

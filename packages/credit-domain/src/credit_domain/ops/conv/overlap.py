@@ -149,7 +149,7 @@ def _lower(x: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def _borders(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int) -> Borders | None:
     op: Overlapping = ROW_OPS[kind](*numbers)
-    return borders_of(op, footprint_for(kind, numbers, sizes), rank)
+    return borders_of(op, footprint_for(type(op), numbers, sizes), rank)
 
 
 @constant
