@@ -19,6 +19,9 @@ from typing import Any
 import hypothesis
 import pytest
 
+# Programs that a test calls in its own process leave torch's threads as the test found them.
+os.environ.setdefault("CREDIT_HALO_SHARE_CORES", "0")
+
 # No deadline: a first example may start processes or load torch's operators.
 # The same examples in every run, here and in CI, and no data base of earlier failures.
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)

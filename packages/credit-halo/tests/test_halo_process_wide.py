@@ -30,6 +30,7 @@ def limit() -> Iterator[None]:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many threads torch was told to compute in."""
+    monkeypatch.delenv(process_wide.SHARE_CORES, raising=False)
     told: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1] if told else 64)
