@@ -190,3 +190,13 @@ def test_its_mistakes_are_errors_on_all_ranks(example):
 def test_two_operations_of_one_name_are_refused(example):
     with pytest.raises(ValueError, match="two operations are called Pairs"):
         example.row_op(type("Pairs", (), {}))
+
+
+def test_a_record_that_is_written_again_counts(example):
+    def footprint(self, source):
+        raise ValueError("another one")
+
+    driver.step_for(example.Pairs(), (2, 2), 0, "pairs")
+    again = example.row_op(type("Pairs", (example.Pairs,), {"footprint": footprint, "__module__": example.__name__}))
+    with pytest.raises(ValueError, match="pairs: another one"):
+        driver.step_for(again(), (2, 2), 0, "pairs")

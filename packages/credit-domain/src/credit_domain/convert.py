@@ -22,6 +22,7 @@ from credit_domain.model.fates import (
 from credit_domain.model.granularity import granularity_of, window_sizes_of
 from credit_domain.model.saved_names import rename_loaded
 from credit_domain.ops.conv.conv_layers import needs_halo
+from credit_domain.ops.conv.sharing import tell_lone_readers
 from credit_mesh import DomainParallelManager
 
 __all__ = [
@@ -143,6 +144,7 @@ def convert_to_domain_parallel(
     originals = {id(made[id(module)]): module for module in model.modules() if id(module) in made}
     model = _apply(model, made)
     _settle(model, manager)
+    tell_lone_readers(model)
     if trial is not None:
         try:
             trial.begin(model, input_shape)

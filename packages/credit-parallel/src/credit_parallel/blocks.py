@@ -30,12 +30,8 @@ def _has_fsdp2_shard(module: nn.Module) -> bool:
 def blocks_of(model: nn.Module, conf: Conf) -> dict[str, nn.Module]:
     """The blocks of a model by name, inner ones before those that they are in; the model itself is none.
 
-    Args:
-        model: The model.
-        conf: ``trainer.fsdp2_blocks`` lists more blocks, by class names or by dotted names of modules.
-
-    Raises:
-        ValueError: If it lists what is not there.
+    A ValueError says what ``trainer.fsdp2_blocks`` lists, by class names or by dotted names of modules, and is not
+    there.
     """
     wanted = trainer_of(conf).get("fsdp2_blocks") or ()
     if isinstance(wanted, str) or not all(isinstance(name, str) for name in wanted):
@@ -61,14 +57,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _apply_activation_checkpointing(model: nn.Module, conf: Conf = None) -> nn.Module:
-    """Have blocks recomputed in the backward instead of keeping their activations. Comes before ``fully_shard``.
+    """Have blocks recomputed in the backward instead of keeping their activations.
 
     Each outermost block is recomputed once, with the random numbers that it drew. Names of parameters and modules stay
-    as they are. May be called again. Where rows are exchanged, torch.compile leaves them alone, since torch 2.13
-    cannot compile the recomputation of an exchange; a ``block.forward`` that was compiled before stays compiled.
-
-    Raises:
-        ValueError: If the model is sharded already: parameters would be gathered at the wrong time.
+    as they are. May be called again, but not after ``fully_shard``: parameters would be gathered at the wrong time.
+    Where rows are exchanged, torch.compile leaves blocks alone, since torch 2.13 cannot compile the recomputation of an
+    exchange; a ``block.forward`` that was compiled before stays compiled.
     """
     if is_sharded(model):
         raise ValueError("activation checkpointing must be applied before fully_shard; the model is sharded already")

@@ -51,23 +51,15 @@ class ParallelContext:
     """A model on a mesh of ranks, and what a training loop does with it; made by :func:`parallelize`.
 
     On one rank, with or without torch.distributed, every method does what a loop for one GPU would.
-
-    Attributes:
-        model: The model, converted and wrapped.
-        config: The parallelism block.
-        layout: Sizes of the axes, and who is where.
-        mesh: The device mesh; None for a single rank.
-        manager: The domain-parallel manager; None without torch.distributed.
-        check_batches: How many more batches to compare between the ranks that must read the same.
-        timeout: How long ranks wait for each other after the first step; None leaves the timeouts of the groups.
     """
 
-    model: nn.Module
-    config: ParallelismConfig
-    layout: RankLayout
-    mesh: DeviceMesh | None = None
-    manager: DomainParallelManager | None = None
-    check_batches: int = 3
+    model: nn.Module  #: the model, converted and wrapped
+    config: ParallelismConfig  #: the parallelism block
+    layout: RankLayout  #: sizes of the axes, and who is where
+    mesh: DeviceMesh | None = None  #: the device mesh; None for a single rank
+    manager: DomainParallelManager | None = None  #: the domain-parallel manager; None without torch.distributed
+    check_batches: int = 3  #: how many more batches to compare between the ranks that must read the same
+    #: How long ranks wait for each other after the first step; None leaves the timeouts of the groups.
     timeout: timedelta | None = None
     _told: bool = field(default=False, init=False, repr=False)
     _starting: bool = field(default=True, init=False, repr=False)
@@ -87,8 +79,7 @@ class ParallelContext:
         Raises:
             ValueError: On all ranks alike, if peers have read different batches, which the first few are checked for.
 
-        Collectives:
-            For the first ``check_batches`` batches a small all-gather.
+        Collectives: for the first ``check_batches`` batches a small all-gather.
         """
         if self.check_batches > 0:
             self.check_batches -= 1
@@ -118,8 +109,7 @@ class ParallelContext:
     def value(self, loss: Tensor) -> float:
         """The loss over all rows and all replicas, for a log.
 
-        Collectives:
-            One sum over the domain ranks, one over the replicas.
+        Collectives: one sum over the domain ranks, one over the replicas.
         """
         value = domain_value(loss, self.manager)
         if self.manager is not None and self.layout.dp > 1:
@@ -141,9 +131,6 @@ class ParallelContext:
                 with context.accumulate(last=i == len(batches) - 1):
                     (loss_of(batch) / len(batches)).backward()
             context.step(optimizer)
-
-        Raises:
-            ExchangeError: If a rank has ended, or did not answer within the timeout.
         """
         inner = self.model
         with naming_missing_ranks("forward and backward"):
@@ -159,40 +146,25 @@ class ParallelContext:
             yield
 
     def sync_gradients(self) -> None:
-        """After the backward: average the gradients that the backward itself has not averaged.
-
-        Errors and collectives are those of :func:`credit_parallel.domain.sync_domain_gradients`.
-        """
+        """After the backward: average the gradients that the backward itself has not averaged."""
         with naming_missing_ranks("averaging gradients"):
-            self._sync_gradients()
-
-    def _sync_gradients(self) -> None:
-        sync_domain_gradients(self.model, self.manager)
-        if self.mesh is not None and self.layout.tp > 1:
-            sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
+            sync_domain_gradients(self.model, self.manager)
+            if self.mesh is not None and self.layout.tp > 1:
+                sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the norm of all gradients of the whole model; returns what it was, the same on every rank.
 
-        Collectives:
-            A sum over each group of ranks that gradients are divided over.
+        Collectives: a sum over each group of ranks that gradients are divided over.
         """
         with naming_missing_ranks("norm of the gradients"):
             return clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> Tensor:
-        """Synchronise the gradients, clip them, take a step and clear them.
+        """Synchronise the gradients, clip them, take a step and clear them; returns the norm before they were clipped.
 
-        Args:
-            optimizer: Of the parameters of ``model``.
-            max_norm: The largest norm that is left; None only measures it.
-
-        Returns:
-            The norm of the gradients before they were clipped.
-
-        Raises:
-            ValueError: On all ranks alike, if it is not finite; no step is taken.
-            ExchangeError: If a rank has ended, or did not answer within the timeout.
+        ``max_norm`` is the largest norm that is left; None only measures it. One that is not finite is a ValueError on
+        all ranks alike, and no step is taken.
         """
         if not self._told:
             self._told = True
@@ -221,8 +193,7 @@ class ParallelContext:
 
         Call it before validation and forecasts. :meth:`save` does it by itself.
 
-        Collectives:
-            Broadcasts over the replicas; none with one.
+        Collectives: broadcasts over the replicas; none with one.
         """
         sync_buffers(self.model, self.manager)
 
@@ -284,8 +255,7 @@ def parallelize(
         ValueError: If the block does not fit the number of ranks; if a timeout is no positive time; if modules of the
             model are refused by the converter, or tensor-parallel declarations do not fit; on all ranks alike.
 
-    Collectives:
-        Creates process groups; broadcasts of the weights.
+    Collectives: creates process groups; broadcasts of the weights.
     """
     trainer = {"parallelism": conf} if isinstance(conf, ParallelismConfig) else trainer_of(conf)
     config = trainer.get("parallelism")

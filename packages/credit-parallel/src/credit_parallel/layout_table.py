@@ -12,23 +12,14 @@ from credit_mesh import RowPartition
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the rank that needs the most, in bytes.
+    """Memory of the rank that needs the most, in bytes."""
 
-    Attributes:
-        parameters: Its share of them.
-        gradients: Its share of those; twice with ddp, which has a copy in its buckets.
-        optimizer: The optimizer's states of its share.
-        gathered: With fsdp2, parameters while they are used: of no block, of two blocks, and the gradients of one.
-        activations: What autograd keeps for the backward.
-        fields: The input, and for each step of a rollout the target and the error.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    activations: int
-    fields: int
+    parameters: int  #: its share of them
+    gradients: int  #: its share of those; twice with ddp, which has a copy in its buckets
+    optimizer: int  #: the optimizer's states of its share
+    gathered: int  #: with fsdp2, parameters while they are used: of no block, of two blocks, and the gradients of one
+    activations: int  #: what autograd keeps for the backward
+    fields: int  #: the input, and for each step of a rollout the target and the error
 
     @property
     def total(self) -> int:
@@ -38,38 +29,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """One layout, and what a step of the optimizer costs on its busiest rank.
+    """One layout, and what a step of the optimizer costs on its busiest rank."""
 
-    Attributes:
-        data: How replicas are kept in step: ``fsdp2``, ``ddp`` or ``none``.
-        dp: Replicas.
-        tensor: Ranks that share the channels.
-        domain: Ranks that share the rows.
-        samples: Samples of each replica.
-        accumulate: Micro-batches in which it works through them.
-        partition: Rows of each domain rank.
-        halo_bytes: Sent between domain ranks, forward and backward.
-        halo_messages: In which they are sent.
-        gradient_bytes: Sent for gradients and parameters.
-        tensor_bytes: Sent between tensor-parallel ranks.
-        memory: What it needs.
-        fits: Whether that fits; None where no memory was given.
-        domain_plan: The exchanges of a forward, layer by layer; None for a single domain rank.
-    """
-
-    data: str
-    dp: int
-    tensor: int
-    domain: int
-    samples: int
-    accumulate: int
-    partition: RowPartition
-    halo_bytes: int
-    halo_messages: int
-    gradient_bytes: int
-    tensor_bytes: int
-    memory: Memory
-    fits: bool | None
+    data: str  #: how replicas are kept in step: ``fsdp2``, ``ddp`` or ``none``
+    dp: int  #: replicas
+    tensor: int  #: ranks that share the channels
+    domain: int  #: ranks that share the rows
+    samples: int  #: samples of each replica
+    accumulate: int  #: micro-batches in which it works through them
+    partition: RowPartition  #: rows of each domain rank
+    halo_bytes: int  #: sent between domain ranks, forward and backward
+    halo_messages: int  #: in which they are sent
+    gradient_bytes: int  #: sent for gradients and parameters
+    tensor_bytes: int  #: sent between tensor-parallel ranks
+    memory: Memory  #: what it needs
+    fits: bool | None  #: whether that fits; None where no memory was given
+    #: The exchanges of a forward, layer by layer; None for a single domain rank.
     domain_plan: DomainPlan | None = field(repr=False, compare=False)
 
     @property
@@ -99,35 +74,20 @@ class Skipped:
 
 @dataclass(frozen=True)
 class LayoutPlans:
-    """The layouts of a world; prints as a table.
+    """The layouts of a world; prints as a table."""
 
-    Attributes:
-        model: Class of the model.
-        parameters: How many it has.
-        input_shape: Shape of one sample, (1, C, H, W), of the whole grid.
-        world: Number of ranks.
-        batch_size: Samples of a step, on all replicas together.
-        gpu_memory: Bytes of memory of a rank; None where none were given.
-        granularity: Rows in a block of the partition.
-        layouts: Those that the model, the rows and the batch allow.
-        skipped: What they do not allow.
-        chosen: The layout to take; None if none fits.
-        why: Why that one.
-        notes: What is not counted.
-    """
-
-    model: str
-    parameters: int
-    input_shape: tuple[int, ...]
-    world: int
-    batch_size: int
-    gpu_memory: int | None
-    granularity: int
-    layouts: tuple[LayoutPlan, ...]
-    skipped: tuple[Skipped, ...]
-    chosen: LayoutPlan | None
-    why: str
-    notes: tuple[str, ...]
+    model: str  #: class of the model
+    parameters: int  #: how many it has
+    input_shape: tuple[int, ...]  #: shape of one sample, (1, C, H, W), of the whole grid
+    world: int  #: number of ranks
+    batch_size: int  #: samples of a step, on all replicas together
+    gpu_memory: int | None  #: bytes of memory of a rank; None where none were given
+    granularity: int  #: rows in a block of the partition
+    layouts: tuple[LayoutPlan, ...]  #: those that the model, the rows and the batch allow
+    skipped: tuple[Skipped, ...]  #: what they do not allow
+    chosen: LayoutPlan | None  #: the layout to take; None if none fits
+    why: str  #: why that one
+    notes: tuple[str, ...]  #: what is not counted
 
     def to_dict(self) -> dict[str, Any]:
         """In dicts, lists, numbers and text; the layers are those of the chosen layout."""

@@ -82,10 +82,9 @@ def plan_layouts(
         amp: Compute in bfloat16.
         activation_checkpoint: Recompute blocks in the backward.
         optimizer_states: Numbers that the optimizer keeps for each parameter: 2 for AdamW, 0 for plain SGD.
-        accumulate: Micro-batches in which a replica works through its samples, at least. Where memory is given and
-            does not suffice, there are more.
+        accumulate: Micro-batches in which a replica works through its samples, at least. Where memory is given and does
+            not suffice, there are more.
         rollout: Steps of the model that a loss spans.
-        conf: May list more blocks, see ``trainer.fsdp2_blocks``.
 
     Raises:
         ValueError: If an argument is out of range, or the model cannot be run for its shapes.
@@ -222,12 +221,7 @@ class _RowSplits:
 def window_layer(call: LayerCall, source: RowPartition) -> PlannedLayer | None:
     """What attention within windows sends: rows to the owner of their window's first row, and back.
 
-    Args:
-        call: A call of a :class:`credit_domain.blocks.WindowAttention`.
-        source: Partition of its rows.
-
-    Returns:
-        None where windows are dilated or wrap around along the rows, as no one needs who shards latitude.
+    None where windows are dilated or wrap around along the rows, as no one needs who shards latitude.
     """
     module: Any = call.module
     at = len(module.window) + module.dim

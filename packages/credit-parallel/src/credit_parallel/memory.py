@@ -18,43 +18,30 @@ from torch.autograd.graph import saved_tensors_hooks
 from credit_domain.casts import cast_module
 from credit_domain.extend import meta_copy, real_dtype_of
 from credit_parallel.blocks import blocks_of
-from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares, read_block
-from credit_parallel.tensor_parallel.validation import check_block, check_model
+from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares
+from credit_parallel.tensor_parallel.validation import read_blocks
 from credit_parallel.trainer_section import Conf
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one sample of the whole grid costs on a rank that has a share of the channels; in bytes.
+    """What one sample of the whole grid costs on a rank that has a share of the channels; in bytes."""
 
-    Attributes:
-        parameters: Of parameters.
-        root: Of those that are in no block.
-        largest: Of those of the largest block.
-        kept: Of activations that autograd keeps for the backward, each storage once, parameters and buffers left out.
-        recomputed: The same where blocks are recomputed in the backward: what is kept outside of them and what goes
-            into them, and, while it is recomputed, the block that keeps the most.
-        tensor_forward: That row-parallel layers sum forward.
-        tensor_backward: That column-parallel layers sum backward.
-        tensor_again: Of ``tensor_forward``, those in blocks that may be recomputed.
-        inputs: Of the input.
-        outputs: Of the output.
-        fused: Of fused weights whose rows are rearranged at each forward, and kept so until the backward.
-        fused_sent: Of those rows, that the rank that sends the most sends.
-    """
-
-    parameters: int
-    root: int
-    largest: int
+    parameters: int  #: of all parameters
+    root: int  #: of those that are in no block
+    largest: int  #: of those of the largest block
+    #: Of activations that autograd keeps for the backward, each storage once, parameters and buffers left out.
     kept: int
+    #: The same where blocks are recomputed in the backward: what is kept outside of them and what goes into them, and,
+    #: while it is recomputed, the block that keeps the most.
     recomputed: int
-    tensor_forward: int
-    tensor_backward: int
-    tensor_again: int
-    inputs: int
-    outputs: int
-    fused: int
-    fused_sent: int
+    tensor_forward: int  #: that row-parallel layers sum forward
+    tensor_backward: int  #: that column-parallel layers sum backward
+    tensor_again: int  #: of ``tensor_forward``, those in blocks that may be recomputed
+    inputs: int  #: of the input
+    outputs: int  #: of the output
+    fused: int  #: of fused weights whose rows are rearranged at each forward, and kept so until the backward
+    fused_sent: int  #: of those rows, that the rank that sends the most sends
 
 
 def step_cost(
@@ -63,11 +50,9 @@ def step_cost(
     """Run a copy of a model on the meta device, and add up.
 
     Args:
-        model: The model; it is not touched.
         shape: Shape of its input, of the whole grid; costs are those of as many samples.
         tensor: The tensor-parallel degree.
         amp: Whether activations are bfloat16.
-        conf: May list more blocks, see ``trainer.fsdp2_blocks``.
 
     Raises:
         ValueError: If blocks cannot be divided over ``tensor`` ranks, or the model cannot be run for its shapes.
@@ -114,19 +99,13 @@ def step_cost(
 
 
 def narrow(ghost: nn.Module, tensor: int) -> list[Declaration]:
-    """Give a model on the meta device the parameters and heads of one of ``tensor`` ranks; returns what was divided.
-
-    Raises:
-        ValueError: If it cannot be divided.
-    """
+    """Give a model on the meta device the parameters and heads of one of ``tensor`` ranks; returns what was divided."""
     if tensor == 1:
         return []
     blocks = [(name, module) for name, module in ghost.named_modules() if declares(module, native=False)]
     if not blocks:
         raise ValueError("no block declares _tp_col and _tp_row, so there is nothing to divide")
-    declarations = [read_block(name, block, tensor, native=False) for name, block in blocks]
-    problems = [problem for declaration in declarations for problem in check_block(declaration, tensor)]
-    problems += check_model(ghost, declarations)
+    declarations, problems = read_blocks(ghost, blocks, tensor, native=False)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)

@@ -34,11 +34,7 @@ def trainer_of(conf: Conf) -> Mapping[str, Any]:
 
 
 def flag(section: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """A switch of a configuration.
-
-    Raises:
-        ValueError: If it is no bool; a text such as "false" would count as true.
-    """
+    """A switch of a configuration; a ValueError if it is no bool, since a text such as "false" would count as true."""
     value = section.get(key, default)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key} must be true or false; got {value!r}")

@@ -46,11 +46,8 @@ _held: dict[str, _Claim] = {}
 def claim(folder: Path) -> bool:
     """Take a folder for this process, or make sure that it still has it; returns whether it was taken anew.
 
-    Ranks that are threads of one process, and runs of one process after another, share what the process has.
-
-    Raises:
-        ValueError: If another run has the folder; it says which, and what to do.
-        OSError: If the folder cannot be written to.
+    Ranks that are threads of one process, and runs of one process after another, share what the process has. If another
+    run has the folder, a ValueError says which, and what to do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = os.path.realpath(folder)

@@ -17,15 +17,7 @@ FORMER = 1
 
 
 def refuse_misplaced(stock: Stock, sizes: Mapping[str, int]) -> None:
-    """Make sure that chunks lie in their files, of which no two share a byte.
-
-    Args:
-        stock: The tensors.
-        sizes: Sizes of the files.
-
-    Raises:
-        ValueError: If not.
-    """
+    """Raise a ValueError unless chunks lie in their files, of these sizes, and no two share a byte."""
     places = []
     for name, stored in stock.items():
         for chunk in stored.chunks:

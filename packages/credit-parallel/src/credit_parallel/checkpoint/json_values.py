@@ -14,17 +14,10 @@ DEEPEST = 64
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
-    """What JSON can hold of a value.
+    """What JSON can hold of None, bools, numbers, text, tensors, and dicts, lists and tuples of them.
 
-    Args:
-        value: None, bools, numbers, text, tensors, and dicts, lists and tuples of them.
-        path: What errors call it; tensors get it as their name.
-        tensors: Gets the tensors.
-        depth: In how many containers the value is.
-
-    Raises:
-        ValueError: If something is of another type, which could be restored only by running code, or is nested more
-            deeply than :data:`DEEPEST`.
+    Tensors go into ``tensors``, named by the ``path`` that errors use too. A ValueError refuses other types, which
+    could be restored only by running code, and what is nested more deeply than :data:`DEEPEST`.
     """
     if depth > DEEPEST:
         raise ValueError(f"{path[:80]}... is nested more than {DEEPEST} deep; a checkpoint holds no more")

@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from credit_parallel.checkpoint.json_values import names_in, pack, unpack
 from credit_parallel.checkpoint.saved_tensors import Stock, name_of
 from credit_parallel.checkpoint.strict_reader import CheckpointError
-from credit_parallel.state_dicts import is_plain_part, names_of, optimizer_misfits, plain_name
+from credit_parallel.state_dicts import (
+    first_few,
+    names_of,
+    optimizer_misfits,
+    plain_name,
+    refuse_plain_part,
+    zeros_like_parameter,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +45,7 @@ def load_model(model: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of an optimizer, for JSON, by names of parameters; its tensors go into ``tensors``.
-
-    Raises:
-        ValueError: If it has parameters that are none of the model's, or keeps a plain tensor for a sharded parameter.
-    """
+    """The state of an optimizer, for JSON, by names of parameters; its tensors go into ``tensors``."""
     names = names_of(model, optimizer)
     state: dict[str, Any] = {}
     for p, name in names.items():
@@ -51,11 +54,7 @@ def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         state[name] = {}
         for key, value in optimizer.state[p].items():
             path = f"{OPTIMIZER}{name}/{key}"
-            if isinstance(p, DTensor) and is_plain_part(value):
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key} of {name}, which is sharded, as a plain "
-                    f"{type(value).__name__}: what it would be for the whole parameter is not known"
-                )
+            refuse_plain_part(optimizer, p, f"{key} of {name}", value)
             if isinstance(value, DTensor):
                 tensors[path] = value.detach()
                 state[name][key] = {"tensor": path}
@@ -97,9 +96,7 @@ def optimizer_targets(
     def allocate(name: str, p: Tensor) -> None:
         stored = stock[name]
         if stored.shape == tuple(p.shape) and not (name.endswith("/step") and not stored.shape):
-            # Torch casts the states of real parameters when it loads them, and leaves complex ones as they are.
-            dtype = p.dtype if p.is_complex() and stored.dtype.is_complex else stored.dtype
-            targets[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            targets[name] = zeros_like_parameter(p, stored.dtype)
         else:
             targets[name] = torch.zeros(stored.shape, dtype=stored.dtype, device=p.device if stored.shape else "cpu")
 
@@ -118,8 +115,8 @@ def rehearse_optimizer(
 ) -> None:
     """Load a saved state into a shadow of an optimizer, whose tensors have shapes and no values.
 
-    Raises:
-        CheckpointError: If the optimizer finds keys missing, or values of other types; ``where`` is the checkpoint.
+    A CheckpointError, which names the checkpoint (``where``), says what keys are missing or of which other type values
+    are.
     """
     shadow = object.__new__(type(optimizer))
     shadow.__dict__.update(optimizer.__dict__)
@@ -138,10 +135,7 @@ def rehearse_optimizer(
 
 
 def load_optimizer(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, Any],
-    tensor_of: Callable[[str], Tensor],
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], tensor_of: Callable[[str], Tensor]
 ) -> None:
     """Give an optimizer a saved state, whose tensors are there."""
     _load(optimizer, list(names_of(model, optimizer).values()), saved, tensor_of)
@@ -186,7 +180,7 @@ def dtype_problem(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -
         for name, p in own.items()
         if name in saved and saved[name].is_complex and not p.is_complex()
     ]
-    return f"complex tensors do not fit into real ones: {_some(lost)}" if lost else ""
+    return f"complex tensors do not fit into real ones: {first_few(lost)}" if lost else ""
 
 
 def casts(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> list[str]:
@@ -204,16 +198,10 @@ def casts(own: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]) -> list[s
 def model_problem(
     own: Mapping[str, Tensor], others: Sequence[str], stock: Mapping[str, Sequence[int]], strict: bool
 ) -> tuple[str, list[str], list[str]]:
-    """How a saved model differs from this one.
+    """How a saved model differs from this one: the problem, names that are missing there, names that are missing here.
 
-    Args:
-        own: The tensors of this model.
-        others: Names of entries of this model that are no tensors.
-        stock: Shapes of the saved tensors, and () for saved entries that are none.
-        strict: Whether other names are a problem; other shapes always are.
-
-    Returns:
-        The problem, empty if there is none; names that are missing there; names that are missing here.
+    ``others`` are names of this model that are no tensors; ``stock`` has the shapes of saved tensors, () for what is
+    none. Other shapes are a problem always, other names if ``strict``.
     """
     names = [*own, *others]
     missing = [name for name in names if name not in stock]
@@ -225,13 +213,9 @@ def model_problem(
     ]
     problems = []
     if strict and missing:
-        problems.append(f"missing from it: {_some(missing)}")
+        problems.append(f"missing from it: {first_few(missing)}")
     if strict and unexpected:
-        problems.append(f"unexpected in it: {_some(unexpected)}")
+        problems.append(f"unexpected in it: {first_few(unexpected)}")
     if shapes:
-        problems.append(f"of other shapes: {_some(shapes)}")
+        problems.append(f"of other shapes: {first_few(shapes)}")
     return "; ".join(problems), missing, unexpected
-
-
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")

@@ -36,23 +36,21 @@ def export_plain(
 ) -> None:
     """Write the model of a checkpoint as a state dict of the plain model; on one rank.
 
-    No model is needed, and no torch.distributed. Tensors are mapped, never all in memory.
-
-    Args:
-        folder: The folder of one checkpoint, or that of many, of which the latest complete one is taken.
-        path: The file to write.
-        format: ``"safetensors"``, or ``"torch"`` for what ``torch.load`` reads; None takes the former where ``path``
-            ends in ``.safetensors``, and the latter elsewhere.
-        verify: Compare checksums of the files first.
+    No model is needed, and no torch.distributed. Tensors are mapped, never all in memory. ``folder`` is that of one
+    checkpoint, or of many, of which the latest complete one is taken; ``verify`` compares checksums of its files first.
+    ``format`` is ``"safetensors"``, or ``"torch"`` for what ``torch.load`` reads; None takes the former where ``path``
+    ends in ``.safetensors``, and the latter elsewhere.
 
     Raises:
-        ValueError: If there is no checkpoint, or its model has state that a safetensors file cannot hold.
+        ValueError: If there is no checkpoint, or the file cannot hold its model, or would not be read under its name.
         CheckpointError: If it is damaged or not complete.
     """
     target = Path(path)
     form = format or ("safetensors" if target.suffix == SUFFIX else "torch")
     if form not in ("safetensors", "torch"):
         raise ValueError(f"format must be 'safetensors', 'torch' or None; got {format!r}")
+    if form == "torch" and target.suffix == SUFFIX:  # torch.load goes by the name
+        raise ValueError(f"torch.load would not read {target}, since it ends in {SUFFIX}: choose another name for it")
     opened = open_checkpoint(folder, verify)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as scratch:
         written = Path(scratch) / "state"
@@ -114,30 +112,20 @@ def load_plain(
     ``torch.load(weights_only=True)``, which run no code. Names may begin with ``module.`` or ``_orig_mod.``, as wrapped
     models save them, and may be those of a converted model of the reference (``a.conv.weight`` for ``a.weight``).
 
+    Returns names of the model that are not there, and names there that the model does not have.
+
     Args:
         source: A file that ``safetensors`` or ``torch.save`` wrote, or a state dict, the same on every rank.
-        target: The context, or the model, wrapped or not.
         key: Where in the file the state dict is, such as ``"model_state_dict"``; None if it is the whole.
         strict: Whether names that only one of both has are errors.
-
-    Returns:
-        Names of the model that are not there, and names there that the model does not have.
 
     Raises:
         ValueError: On all ranks alike, if the file cannot be read, or is of another model; nothing is changed then.
             Complex values do not become real; other casts are said in the log.
 
-    Collectives:
-        Small ones, by which ranks agree.
+    Collectives: small ones, by which ranks agree.
     """
     what = "load_plain"
-    model: nn.Module = nn.Module()
-    given: dict[str, Any] = {}
-    own: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
-    missing: list[str] = []
-    unexpected: list[str] = []
-    dtypes: dict[str, torch.dtype] = {}
     with together(what):
         model, _ = resolve(target)
         own, others = model_entries(model)
@@ -146,8 +134,7 @@ def load_plain(
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
         problem, missing, unexpected = model_problem(own, list(others), shapes, strict)
         dtypes = {name: value.dtype for name, value in given.items() if isinstance(value, Tensor)}
-        problem = problem or dtype_problem(own, dtypes)
-        if problem:
+        if problem := problem or dtype_problem(own, dtypes):
             raise ValueError(f"{source if not isinstance(source, Mapping) else 'it'} is of another model: {problem}")
     tensors = {name: given[name].detach() for name in own if isinstance(given.get(name), Tensor)}
     stock = {

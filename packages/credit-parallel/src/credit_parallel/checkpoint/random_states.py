@@ -31,11 +31,7 @@ def rng_state() -> Tensor:
 
 
 def read_rng_state(packed: Tensor, where: str) -> dict[str, Any]:
-    """What :func:`rng_state` returned, for :func:`set_rng_state`; tried on generators of no consequence.
-
-    Raises:
-        CheckpointError: If it is no such state; ``where`` is the checkpoint.
-    """
+    """What :func:`rng_state` returned, tried on generators of no consequence; ``where`` is the checkpoint."""
     try:
         states = json.loads(bytes(packed.tolist()))
         version, keys, gauss = states["python"]

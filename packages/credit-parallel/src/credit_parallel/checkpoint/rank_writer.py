@@ -18,17 +18,11 @@ from credit_parallel.checkpoint.tensor_files import Piece, write_tensors
 
 
 class RankWriter(StorageWriter):
-    """Writes this rank's chunks to one file, or first copies them to memory of its own.
-
-    Args:
-        path: The file.
-        snapshot: Only copy tensors; :meth:`write` writes them later.
-    """
+    """Writes this rank's chunks to a file; with ``snapshot`` it copies them to memory, for :meth:`write` later."""
 
     def __init__(self, path: Path, *, snapshot: bool) -> None:
         self.path, self.snapshot = path, snapshot
-        self.stock: dict[str, Stored] = {}
-        """On the first rank, once planned, the tensors of all ranks."""
+        self.stock: dict[str, Stored] = {}  #: on the first rank, once planned, the tensors of all ranks
         self.size = self.checksum = 0
         self._pieces: list[Piece] = []
 

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from credit_halo import naming_missing_ranks
-from credit_mesh import RankLayout
 from credit_parallel.checkpoint import step_folders
 from credit_parallel.checkpoint.folder_owner import claim
 from credit_parallel.checkpoint.json_values import pack
@@ -63,38 +62,29 @@ def save_checkpoint(
 
     Args:
         folder: The folder of the checkpoints of this training, on a file system that all ranks share. It is this
-            program's from the first save until the program ends, or calls
-            :func:`credit_parallel.checkpoint.release`.
-        target: The context, or the model, wrapped or not.
+            program's from the first save until the program ends, or calls :func:`credit_parallel.checkpoint.release`.
         optimizer: Of the model's parameters.
         step: How many steps were taken; the name of the checkpoint.
         scheduler: The learning-rate scheduler, or anything else with ``state_dict``; its state is that of the first
             rank, as for the next three.
-        scaler: The gradient scaler.
         sampler: The sampler, or its state dict: where workers of a loader read ahead, ``sampler.state_dict(used)``.
         extra: More small state: numbers, text, tensors, and dicts, lists and tuples of them.
         keep: How many checkpoints to keep, this one included; None keeps all.
         asynchronous: Copy everything to memory, and write it while training goes on. The next save waits for it, and so
-            does the end of the program.
-
-    Returns:
-        The save; :meth:`Save.wait` makes sure that it is on the disk. One that is not asynchronous is.
+            does the end of the program. :meth:`Save.wait` makes sure that it is on the disk.
 
     Raises:
         ValueError: On all ranks alike, if something cannot be saved, ranks differ in what they save, or another program
             saves into the folder.
         CheckpointError: On all ranks alike, if it cannot be written, or the asynchronous save before this one was not.
 
-    Collectives:
-        Those of ``torch.distributed.checkpoint.save`` and some small ones.
+    Collectives: those of ``torch.distributed.checkpoint.save`` and some small ones.
     """
     what = f"save_checkpoint at step {step}"
     rank, size = rank_and_size()
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    layout = RankLayout()
     with together(what):
-        _settle(rank)
+        if rank in _unfinished:
+            _unfinished[rank].join()
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a number of steps; got {step!r}")
         if keep is not None and keep < 1:
@@ -138,12 +128,7 @@ def save_checkpoint(
 
 
 class Save:
-    """A save, which may still be going on; made by :func:`save_checkpoint`.
-
-    Attributes:
-        folder: Where the checkpoint is, once it is complete.
-        step: Its step.
-    """
+    """A save, which may still be going on; made by :func:`save_checkpoint`."""
 
     def __init__(
         self,
@@ -155,7 +140,8 @@ class Save:
         rank: int,
         size: int,
     ) -> None:
-        self.folder, self.step = step_folders.final_of(partial), step
+        self.folder = step_folders.final_of(partial)  #: where the checkpoint is, once it is complete
+        self.step = step  #: its step
         self._partial, self._keep, self._writer, self._values = partial, keep, writer, values
         self._rank, self._size = rank, size
         self._error: Exception | None = None
@@ -167,27 +153,16 @@ class Save:
 
     @naming_missing_ranks("saving a checkpoint")
     def wait(self) -> Path:
-        """Wait until the checkpoint is complete; every rank calls it.
+        """Wait until the checkpoint is complete, and return its folder; every rank calls it.
 
-        Returns:
-            Its folder.
-
-        Raises:
-            CheckpointError: On all ranks alike, if it could not be written.
-
-        Collectives:
-            A small all-gather.
+        A CheckpointError on all ranks alike says why it could not be written. Collectives: a small all-gather.
         """
         with together(f"the save of step {self.step}"):
             self.join()
         return self.folder
 
     def join(self) -> None:
-        """Wait for what this rank has to do.
-
-        Raises:
-            CheckpointError: If it failed.
-        """
+        """Wait for what this rank has to do, and raise a CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
         _unfinished.pop(self._rank, None)
@@ -263,13 +238,6 @@ class Save:
         for rank in range(self._size):
             self._note_of(rank).unlink()
         return files
-
-
-def _settle(rank: int) -> None:
-    """Wait for the save before."""
-    before = _unfinished.get(rank)
-    if before is not None:
-        before.join()
 
 
 def _collect(

@@ -33,8 +33,7 @@ class Chunk(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
-    start: int = 0
-    """Where its bytes begin; in the former format only."""
+    start: int = 0  #: where its bytes begin; in the former format only
 
 
 class Stored(NamedTuple):
@@ -58,11 +57,7 @@ def stock_to_json(stock: Stock) -> dict[str, Any]:
 
 
 def refuse_uncovered(name: str, stored: Stored) -> None:
-    """Make sure that chunks cover a tensor, each value once.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Raise a ValueError unless chunks cover a tensor, each value once."""
     for chunk in stored.chunks:
         inside = len(chunk.offsets) == len(chunk.sizes) == len(stored.shape) and all(
             offset >= 0 and size >= 1 and offset + size <= length
@@ -99,13 +94,7 @@ Fetch = Callable[[str, Chunk], Tensor]
 
 
 def read_into(targets: Mapping[str, Tensor], stock: Stock, fetch: Fetch) -> None:
-    """Copy saved tensors to where they belong on this rank; nothing else of them is read.
-
-    Args:
-        targets: Tensors of the saved shapes by their names, of which this rank may have a part.
-        stock: The saved tensors.
-        fetch: Returns their chunks.
-    """
+    """Copy saved tensors to where they belong: targets have the saved shapes, of which this rank may have a part."""
     for name, target in targets.items():
         for start, part in _parts_on_this_rank(target.detach()):
             for chunk in stock[name].chunks:

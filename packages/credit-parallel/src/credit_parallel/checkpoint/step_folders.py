@@ -38,11 +38,7 @@ _PARTIAL = ".partial-"
 
 
 def check(step_folder: Path) -> None:
-    """Make sure that all files of a checkpoint are there, of their sizes, with the tensors of the index.
-
-    Raises:
-        CheckpointError: If not; it names them.
-    """
+    """Make sure that all files of a checkpoint are there, of their sizes, with the tensors of the index."""
     if _PARTIAL in step_folder.name:
         raise CheckpointError(f"{step_folder} is no complete checkpoint: its save did not end")
     manifest = read_manifest(step_folder)
@@ -60,11 +56,7 @@ def check(step_folder: Path) -> None:
 
 
 def check_contents(step_folder: Path, names: Sequence[str], manifest: Manifest) -> None:
-    """Read files of a checkpoint and compare their checksums.
-
-    Raises:
-        CheckpointError: If one is not what was saved.
-    """
+    """Read files of a checkpoint and compare their checksums."""
     for name in names:
         checksum = 0
         with (step_folder / name).open("rb") as file:
@@ -82,13 +74,8 @@ def is_step_folder(path: Path) -> bool:
 def latest(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint that was saved last of those that are complete; None if there is none.
 
-    Damaged ones are passed over, with a warning. Contents are not read.
-
-    Args:
-        folder: The folder of the checkpoints.
-
-    Raises:
-        NewerFormatError: If the one that was saved last is of a format that a later version of this package writes.
+    Damaged ones are passed over, with a warning. Contents are not read. A NewerFormatError is raised if the one that
+    was saved last is of a format that a later version of this package writes.
     """
     for _, path, newer in reversed(_listed(Path(folder))):
         if newer is not None:
@@ -113,11 +100,6 @@ def _listed(folder: Path) -> list[tuple[float, Path, NewerFormatError | None]]:
             except CheckpointError as error:
                 logger.warning("%s; it is passed over", error)
     return sorted(found, key=lambda entry: entry[:2])
-
-
-def _saved(folder: Path) -> list[Path]:
-    """The checkpoints that this version can read, in the order in which they were saved."""
-    return [path for _, path, newer in _listed(folder) if newer is None]
 
 
 def _is_good(path: Path) -> bool:
@@ -172,7 +154,7 @@ def commit(partial: Path, step: int, index: Mapping[str, Any], files: Mapping[st
 
 def prune(final: Path, step: int, keep: int | None) -> None:
     """Remove older takes of a step, and all but the last checkpoints; damaged ones are left for a person to look at."""
-    good = [path for path in _saved(final.parent) if _is_good(path)]
+    good = [path for _, path, newer in _listed(final.parent) if newer is None and _is_good(path)]
     old = [path for path in good if path != final and read_manifest(path).step == step]
     rest = [path for path in good if path not in old]
     old += rest[:-keep] if keep else []

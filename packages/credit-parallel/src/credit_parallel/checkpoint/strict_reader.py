@@ -49,42 +49,24 @@ class NewerFormatError(CheckpointError):
 
 
 class Manifest(NamedTuple):
-    """What a complete checkpoint consists of.
+    """What a complete checkpoint consists of."""
 
-    Attributes:
-        form: The format.
-        step: The step it was saved at.
-        sequence: How many were saved in this folder before, those removed since included.
-        digest: SHA-256 of the index.
-        files: Size and CRC-32 of each file of tensors, by name.
-    """
-
-    form: int
-    step: int
-    sequence: int
-    digest: str
-    files: dict[str, tuple[int, int]]
+    form: int  #: the format
+    step: int  #: the step it was saved at
+    sequence: int  #: how many were saved in this folder before, those removed since included
+    digest: str  #: SHA-256 of the index
+    files: dict[str, tuple[int, int]]  #: size and CRC-32 of each file of tensors, by name
 
 
 class Index(NamedTuple):
-    """What is in a checkpoint.
+    """What is in a checkpoint."""
 
-    Attributes:
-        stock: The tensors, by name.
-        values: Everything else, with the names of its tensors.
-    """
-
-    stock: dict[str, Stored]
-    values: dict[str, Any]
+    stock: dict[str, Stored]  #: the tensors, by name
+    values: dict[str, Any]  #: everything else, with the names of its tensors
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint.
-
-    Raises:
-        NewerFormatError: If it is of a later format.
-        CheckpointError: If it is missing, or is no manifest; it names the file and the key.
-    """
+    """Read and check the manifest of a checkpoint; errors name the file and the key."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} is no complete checkpoint: {path.name} is missing")
@@ -106,8 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
     digest, files = data["index"], data["files"]
     if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
         found.wrong("index", digest, "a SHA-256 in hexadecimal digits")
-    if not isinstance(files, dict):
-        found.wrong("files", files, "names of files with their sizes and checksums")
+    found.kind(files, dict, "files", "names of files with their sizes and checksums")
     for name, entry in files.items():
         if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
             found.wrong("files", name, "names of files in this folder")
@@ -125,11 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_index(folder: Path, manifest: Manifest) -> Index:
-    """Read and check the index of a checkpoint.
-
-    Raises:
-        CheckpointError: If it is not the one that was saved, or makes no sense; it names the file and the key.
-    """
+    """Read and check the index of a checkpoint; errors name the file and the key."""
     path = folder / INDEX
     content = _bytes_of(path, _MOST_INDEX) if path.is_file() else None
     if content is None or hashlib.sha256(content).hexdigest() != manifest.digest:
@@ -138,8 +115,7 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
     found, data = _Checks(path), _parsed(path, content)
     found.keys(data, "", ("tensors", "values"))
     tensors, values = data["tensors"], data["values"]
-    if not isinstance(tensors, dict):
-        found.wrong("tensors", tensors, "tensors by their names")
+    found.kind(tensors, dict, "tensors", "tensors by their names")
     stock = {name: _stored(found, name, entry, manifest) for name, entry in tensors.items()}
     if manifest.form == FORMER:
         try:
@@ -151,11 +127,7 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
 
 
 def check_tensor_files(folder: Path, index: Index) -> None:
-    """Make sure that the files have the tensors of the index, of the same dtypes and shapes; no values are read.
-
-    Raises:
-        CheckpointError: If not; it names the file and the tensor.
-    """
+    """Make sure that the files have the tensors of the index, of the same dtypes and shapes; no values are read."""
     files = TensorFiles(folder, index.stock)
     for name, stored in index.stock.items():
         for chunk in stored.chunks:
@@ -180,9 +152,12 @@ class _Checks:
         shown = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__} of {len(value)}"
         raise _damaged(self.path, f"{key} must be {expected}; got {shown[:80]}")
 
+    def kind(self, value: object, kind: type, key: str, expected: str) -> None:
+        if not isinstance(value, kind):
+            self.wrong(key, value, expected)
+
     def keys(self, data: Any, key: str, wanted: Sequence[str]) -> None:
-        if not isinstance(data, dict):
-            self.wrong(key or "the content", data, "a block of keys and values")
+        self.kind(data, dict, key or "the content", "a block of keys and values")
         missing = [name for name in wanted if name not in data]
         if missing:
             raise _damaged(self.path, f"{'.'.join(filter(None, (key, missing[0])))} is missing")
@@ -193,8 +168,7 @@ class _Checks:
         return int(value)
 
     def numbers(self, value: Any, key: str, least: int) -> tuple[int, ...]:
-        if not isinstance(value, list):
-            self.wrong(key, value, "a list of whole numbers")
+        self.kind(value, list, key, "a list of whole numbers")
         return tuple(self.number(item, key, least) for item in value)
 
 
@@ -237,8 +211,7 @@ def _stored(found: _Checks, name: str, entry: Any, manifest: Manifest) -> Stored
     shape = found.numbers(entry["shape"], f"{key}.shape", 0)
     if len(shape) > 64 or math.prod(shape) * dtype.itemsize >= _NUMBER:
         found.wrong(f"{key}.shape", entry["shape"], "the shape of a tensor")
-    if not isinstance(entry["chunks"], list):
-        found.wrong(f"{key}.chunks", entry["chunks"], "a list of chunks")
+    found.kind(entry["chunks"], list, f"{key}.chunks", "a list of chunks")
     chunks: list[Chunk] = []
     former = manifest.form == FORMER
     for i, part in enumerate(entry["chunks"]):
@@ -289,15 +262,13 @@ def _check_values(found: _Checks, values: Any, stock: Mapping[str, Stored], mani
 def _check_optimizer(found: _Checks, saved: Any, stock: Mapping[str, Stored]) -> None:
     key = "values.optimizer"
     found.keys(saved, key, ("state", "param_groups"))
-    if not isinstance(saved["state"], dict):
-        found.wrong(f"{key}.state", saved["state"], "states by names of parameters")
+    found.kind(saved["state"], dict, f"{key}.state", "states by names of parameters")
     for name, entries in saved["state"].items():
         at = f"{key}.state.{name}"
         found.keys(entries, at, ())
         for entry, value in entries.items():
             _packed(found, value, f"{at}.{entry}", "optimizer/", stock)
-    if not isinstance(saved["param_groups"], list):
-        found.wrong(f"{key}.param_groups", saved["param_groups"], "a list of groups")
+    found.kind(saved["param_groups"], list, f"{key}.param_groups", "a list of groups")
     for i, group in enumerate(saved["param_groups"]):
         at = f"{key}.param_groups.{i}"
         found.keys(group, at, ("params", "settings"))

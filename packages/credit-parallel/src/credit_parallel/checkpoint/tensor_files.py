@@ -24,18 +24,9 @@ SUFFIX = ".safetensors"
 METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # that safetensors reads
 _CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
 """The dtypes that every version of safetensors from 0.4.3 on reads."""
 _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,23 +55,14 @@ class Piece(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    get: Callable[[], Tensor]
-    """Returns the tensor, in CPU memory."""
+    get: Callable[[], Tensor]  #: returns the tensor, in CPU memory
 
 
 def write_tensors(path: Path, pieces: Sequence[Piece], content: str) -> tuple[int, int]:
-    """Write a safetensors file, with one tensor in memory at a time; it is on the disk afterwards.
+    """Write a safetensors file, with one tensor in memory at a time; return its size and CRC-32 when it is on the disk.
 
-    Args:
-        path: The file.
-        pieces: The tensors.
-        content: What the file is, for its metadata.
-
-    Returns:
-        Its size, and its CRC-32.
-
-    Raises:
-        ValueError: If names are so many or so long that no program would read the file.
+    ``content`` says what the file is. A ValueError refuses names so many or so long that no program would read the
+    file.
     """
     # The largest values first, which aligns all of them: the format knows no gaps.
     pieces = sorted(pieces, key=lambda piece: -_carrier(piece.dtype).itemsize)

@@ -23,10 +23,8 @@ from credit_parallel.domain import get_raw_model, manager_of
 class Context(Protocol):
     """What is asked of a context: :class:`credit_parallel.context.ParallelContext` is one."""
 
-    model: nn.Module
-    """The model, wrapped or not."""
-    layout: RankLayout
-    """Sizes of the axes."""
+    model: nn.Module  #: the model, wrapped or not
+    layout: RankLayout  #: sizes of the axes
 
 
 def is_distributed() -> bool:
@@ -54,8 +52,7 @@ def resolve(target: Context | nn.Module) -> tuple[nn.Module, RankLayout]:
 def together(what: str) -> Iterator[None]:
     """Around what each rank does by itself: if it fails on any rank, all ranks raise the same error.
 
-    Collectives:
-        An all-gather of a number; if it shows a failure, one of the messages.
+    Collectives: an all-gather of a number; if it shows a failure, one of the messages.
     """
     problem: Exception | None = None
     try:
@@ -65,23 +62,17 @@ def together(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         problem = error
-    if not is_distributed():
-        if isinstance(problem, (ValueError, CheckpointError, OSError)):
-            raise (ValueError if isinstance(problem, ValueError) else CheckpointError)(
-                f"{what}: {problem}"
-            ) from problem
-        if problem is not None:
-            raise problem
-        return
+    expected = isinstance(problem, (ValueError, CheckpointError))
+    if problem is not None and not is_distributed() and not expected and not isinstance(problem, OSError):
+        raise problem
     kind = 0 if problem is None else 1 if isinstance(problem, ValueError) else 2
     with naming_missing_ranks(what):
         kinds = [kind for (kind,) in gather_numbers([kind])]
-    if not any(kinds):
-        return
-    texts: list[str] = [""] * len(kinds)
-    text = str(problem) if isinstance(problem, (ValueError, CheckpointError)) else repr(problem)
-    with naming_missing_ranks(what):
-        dist.all_gather_object(texts, text if problem is not None else "")
+        if not any(kinds):
+            return
+        texts = [str(problem) if expected or not is_distributed() else repr(problem)] * len(kinds)
+        if is_distributed():
+            dist.all_gather_object(texts, texts[0])
     ranks: dict[str, list[str]] = {}
     for rank, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
         if kind:
@@ -94,14 +85,7 @@ def together(what: str) -> Iterator[None]:
 
 @contextmanager
 def owning(folder: Path) -> Iterator[None]:
-    """Around a run that saves into a folder: no other run does meanwhile; every rank calls it.
-
-    Raises:
-        ValueError: On all ranks alike, if another run has it.
-
-    Collectives:
-        Those of :func:`together`.
-    """
+    """Around a run that saves into a folder: a ValueError on all ranks alike if another run does meanwhile."""
     taken = False
     with together(str(folder)):
         if rank_and_size()[0] == 0:

@@ -22,12 +22,7 @@ PROGRAM = "CREDIT_PARALLEL_DROPIN_PROGRAM"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a program; does not return where the program ends by an exception.
-
-    Args:
-        arguments: A script, or a folder or zip file with a ``__main__.py``, or ``-m`` and a module; then those of the
-            program.
-    """
+    """Run a script, a folder or zip file with a ``__main__.py``, or ``-m`` and a module, with its arguments."""
     if not arguments or arguments[0] in ("-h", "--help"):
         _stop(USAGE, 0 if arguments else 2)
     module = arguments[0] == "-m"
@@ -104,14 +99,7 @@ def _have_children_install() -> None:
 
 
 def run_as_child(run_name: str) -> dict[str, Any]:
-    """In a process that multiprocessing started anew: install the drop-in, and import the program's main module.
-
-    Args:
-        run_name: What multiprocessing calls that.
-
-    Returns:
-        What the module defines.
-    """
+    """In a process that multiprocessing started anew: install the drop-in, and run the main module, as it calls it."""
     install()
     _have_children_install()
     module, program = json.loads(os.environ[PROGRAM])

@@ -9,7 +9,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch.distributed as dist
 from torch import nn
@@ -27,7 +26,8 @@ _signature = inspect.signature(_original)
 
 
 @functools.wraps(_original)
-def _init(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+def init(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Make a ``DistributedDataParallel`` of a model with divided parameters."""
     known = left_to_others(module)
     divided = {
         name: p
@@ -46,23 +46,13 @@ def _init(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs
     leave_to_others(module, [*known, *divided, *(f".{name}" for name in divided if "." not in name)])
     _original(self, module, *args, **kwargs)
     if not spans:
-        itself = ref(self)  # the reducer must not keep its model alive
-
-        def enabled() -> bool:
-            wrapper = itself()
-            return wrapper is None or bool(wrapper.require_backward_grad_sync)
-
-        reducer = GradientReducer(get_raw_model(module), divided, group, alone=False)  # torch's averages the others
-        reducer.enabled = enabled
+        # Torch's own reducer averages the others.
+        GradientReducer(get_raw_model(module), divided, group, alone=False).follow(self)
     return None
 
 
 def _spans_tp(group: Any, divided: dict[str, Any], domain: int) -> bool:
-    """Whether a group holds tp ranks, beside domain ranks and nobody else: then there is one replica.
-
-    Raises:
-        ValueError: If it holds tp ranks and several replicas.
-    """
+    """Whether a group holds tp ranks, beside domain ranks and nobody else; with several replicas a ValueError."""
     ranks = set(dist.get_process_group_ranks(group))
     name, parameter = next(iter(divided.items()))
     assert isinstance(parameter, DTensor)
@@ -76,13 +66,3 @@ def _spans_tp(group: Any, divided: dict[str, Any], domain: int) -> bool:
             "submeshes['dp'].get_group()"
         )
     return True  # sync_domain_gradients averages over the domain ranks
-
-
-def install() -> None:
-    """Let ``DistributedDataParallel`` take models with divided parameters, in this process."""
-    DistributedDataParallel.__init__ = _init  # type: ignore[method-assign]
-
-
-def uninstall() -> None:
-    """Undo :func:`install`."""
-    DistributedDataParallel.__init__ = _original  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from credit_halo.extend import agree
-from credit_parallel.tensor_parallel.declaration import Declaration, declares, makes_its_weight, read_block
+from credit_parallel.tensor_parallel.declaration import Declaration, declares, makes_its_weight
 from credit_parallel.tensor_parallel.layers import divide_layer
 from credit_parallel.tensor_parallel.parameters import (
     add_property,
@@ -21,48 +21,38 @@ from credit_parallel.tensor_parallel.parameters import (
     tp_groups,
 )
 from credit_parallel.tensor_parallel.region import Region
-from credit_parallel.tensor_parallel.validation import check_block, check_model
+from credit_parallel.tensor_parallel.validation import read_blocks
 
 logger = logging.getLogger(__name__)
 
 
 def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Module:
-    """Make the blocks of a model that declare ``_tp_col`` and ``_tp_row`` tensor-parallel.
+    """Make the blocks of a model that declare ``_tp_col`` and ``_tp_row`` tensor-parallel, in place.
 
     Outputs and gradients are those of one rank. What a block can declare is listed in
     :mod:`credit_parallel.tensor_parallel`. Call it before ``fully_shard`` or DDP, and build the optimizer after it.
-    Blocks that are tensor-parallel already are left alone.
+    Blocks that are tensor-parallel already are left alone. Where ranks hold different values, those of the first tp
+    rank count. The model has the tp group as ``_tp_group`` then.
 
     Args:
-        model: The model. Where ranks hold different values, those of the first tp rank count.
         tp_mesh: The 1-D mesh of the tp axis. With None, or a single rank, no block is changed.
 
-    Returns:
-        The model, changed in place. It has the tp group as ``_tp_group``.
-
     Raises:
-        ValueError: On all ranks alike and before anything is changed, if a declaration is wrong, sizes do not divide,
-            a layer cannot be divided, or the ranks have different models.
+        ValueError: On all ranks alike and before anything is changed, if a declaration is wrong, sizes do not divide, a
+            layer cannot be divided, or the ranks have different models.
 
-    Collectives:
-        A small all-gather, then a broadcast of each parameter and buffer.
+    Collectives: small all-gathers, then broadcasts of the parameters and buffers.
     """
     return _apply(model, tp_mesh, native=False)
 
 
 def apply_native_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Module:
-    """Make the blocks of a model that declare a ``_tp_plan`` tensor-parallel.
+    """Make the blocks of a model that declare a ``_tp_plan`` tensor-parallel, in place; ``_tp_native`` says so.
 
     Such as ``_tp_plan = {"to_q": "colwise", "to_k": "colwise", "to_v": "colwise", "to_out": "rowwise"}``, of
     :class:`torch.nn.Linear` alone. A block of which a layer makes its weight (spectral normalisation, parametrisations)
-    stays whole on every rank, and a warning says so. All else is as in :func:`apply_tensor_parallel`.
-
-    Returns:
-        The model, changed in place, with ``_tp_group`` and ``_tp_native``.
-
-    Raises:
-        ValueError: As :func:`apply_tensor_parallel`, and if no block declares a ``_tp_plan``; see
-            :func:`supports_native_tp`.
+    stays whole on every rank, and a warning says so. All else is as in :func:`apply_tensor_parallel`; a model without a
+    ``_tp_plan`` is a ValueError too (see :func:`supports_native_tp`).
     """
     return _apply(model, tp_mesh, native=True)
 
@@ -98,14 +88,9 @@ def _divide(model: nn.Module, mesh: DeviceMesh, native: bool) -> None:
     whole = [name for name, module in blocks if native and makes_its_weight(module)]
     blocks = [(name, module) for name, module in blocks if name not in whole]
     new = [(name, module) for name, module in blocks if not hasattr(module, "_tp_applied")]
-    declarations = [read_block(name, block, mesh.size(), native) for name, block in new]
-    problems = [
-        f"{name} is tensor-parallel already, on another mesh"
-        for name, block in blocks
-        if getattr(block, "_tp_applied", group) != group
-    ]
-    problems += [problem for declaration in declarations for problem in check_block(declaration, mesh.size())]
-    problems += check_model(model, declarations)
+    elsewhere = [name for name, block in blocks if getattr(block, "_tp_applied", group) != group]
+    declarations, problems = read_blocks(model, new, mesh.size(), native)
+    problems = [*(f"{name} is tensor-parallel already, on another mesh" for name in elsewhere), *problems]
     _agree(model, mesh, declarations, problems)
     if whole:
         logger.warning(

@@ -17,21 +17,14 @@ Paths = tuple[str, ...]
 
 @dataclass
 class DividedLayer:
-    """A layer to divide.
+    """A layer to divide."""
 
-    Attributes:
-        path: Where it is in its block.
-        layer: The layer.
-        role: ``column`` or ``row``.
-        parts: Sizes of the parts that its divided channels consist of; empty where they are not known.
-        declared: Whether the block declares the parts.
-    """
-
-    path: str
-    layer: nn.Module
-    role: str
+    path: str  #: where it is in its block
+    layer: nn.Module  #: the layer
+    role: str  #: ``column`` or ``row``
+    #: Sizes of the parts that its divided channels consist of; empty where they are not known.
     parts: tuple[int, ...] = ()
-    declared: bool = False
+    declared: bool = False  #: whether the block declares the parts
 
     @property
     def channels(self) -> int:
@@ -57,29 +50,25 @@ class View(NamedTuple):
 
 @dataclass
 class Declaration:
-    """What one block declares.
+    """What one block declares."""
 
-    Attributes:
-        name: Its qualified name.
-        block: The block.
-        layers: The layers to divide, by path.
-        pairs: Column and row layers that belong together.
-        counts: Modules, their integer attributes and what those become.
-        views: Other parameters that go by channel, or are shared by channels.
-        problems: Why the block cannot be made tensor-parallel.
-    """
-
-    name: str
-    block: nn.Module
-    layers: dict[str, DividedLayer] = field(default_factory=dict)
+    name: str  #: its qualified name
+    block: nn.Module  #: the block
+    layers: dict[str, DividedLayer] = field(default_factory=dict)  #: the layers to divide, by path
+    #: Column and row layers that belong together.
     pairs: list[tuple[list[DividedLayer], list[DividedLayer]]] = field(default_factory=list)
+    #: Modules, their integer attributes and what those become.
     counts: list[tuple[nn.Module, str, int]] = field(default_factory=list)
-    views: list[View] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)  #: other parameters that go by channel, or are shared by channels
+    problems: list[str] = field(default_factory=list)  #: why the block cannot be made tensor-parallel
 
     def at(self, path: str = "") -> str:
         """What errors call a module or attribute of the block."""
         return ".".join(part for part in (self.name, path) if part) or type(self.block).__name__
+
+    def refuse(self, path: str, problem: str) -> None:
+        """Note why the block cannot be made tensor-parallel, of the module or attribute at a path."""
+        self.problems.append(f"{self.at(path)}{problem}")
 
     def __str__(self) -> str:
         layers = [f"{each.path} {each.role} {type(each.layer).__name__} {each.parts}" for each in self.layers.values()]
@@ -128,9 +117,7 @@ def _groups(declaration: Declaration) -> list[tuple[Paths, Paths]]:
     """Columns and rows that belong together."""
     columns, rows = (_entries(declaration, name) for name in ("_tp_col", "_tp_row"))
     if not columns or not rows:
-        declaration.problems.append(
-            f"{declaration.at()}: both _tp_col and _tp_row must be a path, or a tuple of (tuples of) paths"
-        )
+        declaration.refuse("", ": both _tp_col and _tp_row must be a path, or a tuple of (tuples of) paths")
         return []
     if len(columns) == len(rows):
         return list(zip(columns, rows, strict=True))
@@ -149,7 +136,7 @@ def _native_groups(declaration: Declaration) -> list[tuple[Paths, Paths]]:
     )
     if not all(groups) or len(groups[0]) + len(groups[1]) != len(styles):
         expected = "each layer 'colwise' or 'rowwise', and at least one of each"
-        declaration.problems.append(f"{declaration.at()}: _tp_plan must call {expected}; got {dict(styles)}")
+        declaration.refuse("", f": _tp_plan must call {expected}; got {dict(styles)}")
     return [(groups[0], groups[1])]
 
 
@@ -159,7 +146,7 @@ def _read_layer(declaration: Declaration, path: str, role: str, native: bool) ->
         return None
     problem = "is named twice" if path in declaration.layers else unfit(layer, native)
     if problem:
-        declaration.problems.append(f"{declaration.at(path)} ({type(layer).__name__}) {problem}")
+        declaration.refuse(path, f" ({type(layer).__name__}) {problem}")
         return None
     declaration.layers[path] = DividedLayer(path, layer, role)
     return declaration.layers[path]
@@ -198,27 +185,20 @@ def unfit(layer: nn.Module, native: bool) -> str | None:
 def _read_parts(declaration: Declaration, size: int) -> None:
     given: Mapping[str, Any] = declared(declaration.block, "_tp_parts", {})
     for path in [path for path in given if path not in declaration.layers]:
-        declaration.problems.append(
-            f"{declaration.at()}: _tp_parts names {path!r}, which is none of its divided layers"
-        )
+        declaration.refuse("", f": _tp_parts names {path!r}, which is none of its divided layers")
     for path, layer in declaration.layers.items():
         total, parts = layer.channels, given.get(path, 1)
         layer.declared = path in given
         if isinstance(parts, int):
             parts = (total // parts,) * parts if parts > 0 else ()
         if sum(parts) != total or min(parts) <= 0:
-            wanted = given[path]
-            declaration.problems.append(
-                f"{declaration.at(path)}: {layer.argument}={total} does not consist of _tp_parts={wanted}"
-            )
+            declaration.refuse(path, f": {layer.argument}={total} does not consist of _tp_parts={given[path]}")
             continue
         layer.parts = tuple(parts)
         each = f", in parts of {', '.join(map(str, parts))}," if len(parts) > 1 else ""
         if any(part % size for part in parts):
-            declaration.problems.append(
-                f"{declaration.at(path)}: {layer.argument}={total}{each} is not divisible by the "
-                f"tensor-parallel degree {size}"
-            )
+            problem = f": {layer.argument}={total}{each} is not divisible by the tensor-parallel degree {size}"
+            declaration.refuse(path, problem)
 
 
 def _read_counts(declaration: Declaration, size: int) -> None:
@@ -228,11 +208,9 @@ def _read_counts(declaration: Declaration, size: int) -> None:
             continue
         value = getattr(owner, attribute, None)
         if isinstance(value, bool) or not isinstance(value, int):
-            declaration.problems.append(f"{declaration.at(path)}: _tp_heads must name integers; got {value!r}")
+            declaration.refuse(path, f": _tp_heads must name integers; got {value!r}")
         elif value % size:
-            declaration.problems.append(
-                f"{declaration.at(path)}={value} is not divisible by the tensor-parallel degree {size}"
-            )
+            declaration.refuse(path, f"={value} is not divisible by the tensor-parallel degree {size}")
         else:
             declaration.counts.append((owner, attribute, value // size))
 
@@ -247,16 +225,12 @@ def _read_views(declaration: Declaration, size: int) -> None:
             continue
         parameter = owner._parameters.get(name)
         if parameter is None or id(owner) in divided:
-            declaration.problems.append(
-                f"{declaration.at(path)}: {what} must name parameters, and none of the divided layers"
-            )
+            declaration.refuse(path, f": {what} must name parameters, and none of the divided layers")
         elif dim is None:
             declaration.views.append(View(owner, name, None))
         elif not -parameter.ndim <= dim < parameter.ndim or parameter.shape[dim] % size:
-            shape = tuple(parameter.shape)
-            declaration.problems.append(
-                f"{declaration.at(path)}: dim {dim} of {shape} is not divisible by the tensor-parallel degree {size}"
-            )
+            problem = f": dim {dim} of {tuple(parameter.shape)} is not divisible by the tensor-parallel degree {size}"
+            declaration.refuse(path, problem)
         else:
             declaration.views.append(View(owner, name, dim % parameter.ndim))
 
@@ -280,7 +254,7 @@ def _module(declaration: Declaration, path: str, what: str) -> nn.Module | None:
         return declaration.block.get_submodule(path)
     except AttributeError:
         names = ", ".join(name for name, _ in declaration.block.named_modules() if name) or "none"
-        declaration.problems.append(f"{declaration.at()} has no module {path!r} ({what}); it has {names}")
+        declaration.refuse("", f" has no module {path!r} ({what}); it has {names}")
         return None
 
 

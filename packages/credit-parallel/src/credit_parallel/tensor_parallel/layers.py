@@ -21,19 +21,12 @@ from credit_parallel.tensor_parallel.region import Region, sum_from_region
 
 @dataclass(frozen=True)
 class Division:
-    """How a layer is divided.
+    """How a layer is divided."""
 
-    Attributes:
-        label: What errors call the layer.
-        group: Name of the tp group.
-        size: The tensor-parallel degree.
-        exchange_plan: Key of what brings a rank its rows of each part; empty where its slice is what it needs.
-    """
-
-    label: str
-    group: str
-    size: int
-    exchange_plan: str
+    label: str  #: what errors call the layer
+    group: str  #: name of the tp group
+    size: int  #: the tensor-parallel degree
+    exchange_plan: str  #: key of what brings a rank its rows of each part; empty where its slice is what it needs
 
 
 class _Divided(nn.Module):
@@ -74,11 +67,7 @@ class _Row(_Divided):
     _dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank, from this rank's input channels.
-
-        Raises:
-            ValueError: If they are not as many as this rank's slice of the weight takes.
-        """
+        """All output channels, the same on every tp rank, from this rank's input channels."""
         how, weight, bias = self.tp_division, self._own(self._parameters["weight"]), self._parameters["bias"]
         if x.shape[self._channel_dim] != weight.shape[1]:
             raise ValueError(
@@ -130,16 +119,7 @@ _CLASSES: dict[tuple[str, type[nn.Module]], type[_Divided]] = {
 def divide_layer(
     layer: nn.Module, role: str, parts: Sequence[int], mesh: DeviceMesh, region: Region, label: str
 ) -> None:
-    """Make a layer column- or row-parallel, in place.
-
-    Args:
-        layer: A :class:`torch.nn.Linear` or a 1x1 :class:`torch.nn.Conv2d`.
-        role: ``"column"`` or ``"row"``.
-        parts: Sizes of the parts that the divided channels consist of.
-        mesh: The 1-D mesh of the tp axis.
-        region: The region of the layer's block.
-        label: What errors call the layer.
-    """
+    """Make a Linear or a 1x1 Conv2d column- or row-parallel, in place; parts are the sizes of its divided channels."""
     dim = 0 if role == "column" else 1
     exchange_plan = _exchange_plan(tuple(parts), mesh.size(), mesh.get_local_rank())
     divide(layer, "weight", mesh, dim)

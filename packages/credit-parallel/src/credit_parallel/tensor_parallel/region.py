@@ -27,12 +27,9 @@ from credit_halo.extend import agree, break_group, group_by_name, keep_order, pr
 def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
     """``x``, which is the same on every rank, for use on this rank's channels; ``group`` is the name of the tp group.
 
-    Raises:
-        ValueError: On all ranks alike, if shape, dtype or the need for a gradient differ (compared once for each).
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
+    Shape, dtype and the need for a gradient are compared once for each.
 
-    Collectives:
-        One sum, in the backward.
+    Collectives: one sum, in the backward.
     """
     if not torch.compiler.is_compiling():
         _agree(x, group_by_name(group), f"{label} (input)")

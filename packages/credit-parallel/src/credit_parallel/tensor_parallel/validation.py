@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declared
+from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declared, read_block
 from credit_parallel.tensor_parallel.parameters import divided_parameters, unwrapped
 
 _FUSED = re.compile(r"kv|in_proj|c_attn", re.IGNORECASE)
@@ -21,7 +21,16 @@ _ACROSS_CHANNELS = (
 )
 
 
-def check_block(declaration: Declaration, size: int) -> Iterator[str]:
+def read_blocks(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], size: int, native: bool
+) -> tuple[list[Declaration], list[str]]:
+    """What blocks declare for a tensor-parallel degree, and what is wrong with it; native if by a ``_tp_plan``."""
+    declarations = [read_block(name, block, size, native) for name, block in blocks]
+    problems = [problem for declaration in declarations for problem in _check_block(declaration, size)]
+    return declarations, [*problems, *_check_model(model, declarations)]
+
+
+def _check_block(declaration: Declaration, size: int) -> Iterator[str]:
     """What is wrong with a block at a tensor-parallel degree."""
     yield from declaration.problems
     for columns, rows in declaration.pairs:
@@ -116,7 +125,7 @@ def _constraints(declaration: Declaration, size: int) -> Iterator[str]:
         yield f"{declaration.at()}: {problem}"
 
 
-def check_model(model: nn.Module, declarations: list[Declaration]) -> Iterator[str]:
+def _check_model(model: nn.Module, declarations: list[Declaration]) -> Iterator[str]:
     """What is wrong between blocks, or with the model as a whole."""
     divided = divided_parameters(model)
     for name, parameter in model.named_parameters():
