@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from credit_domain.casts import real_dtype_of
+from credit_domain.containers import mapped
 from credit_mesh import DomainParallelManager
 from credit_mesh.extend import set_aside
 
@@ -54,9 +55,9 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
     dtype = real_dtype_of(ghost)
 
     def unreal(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty_like(value, device="meta")
-        return torch.empty(tuple(value), dtype=dtype, device="meta") if is_shape(value) else value
+        if is_shape(value):
+            return torch.empty(tuple(value), dtype=dtype, device="meta")
+        return mapped(value, lambda _, x: torch.empty_like(x, device="meta"))
 
     args, kwargs = arguments_of(inputs, unreal)
     calls: list[LayerCall] = []

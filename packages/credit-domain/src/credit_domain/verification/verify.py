@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from credit_domain.casts import cast_module, cast_tensor
-from credit_domain.containers import mapped
+from credit_domain.containers import mapped, tensors_in
 from credit_domain.convert import Converter, convert_to_domain_parallel
 from credit_domain.model.fates import fates_of
 from credit_domain.model.granularity import granularity_of
@@ -60,7 +60,7 @@ def verify_domain_parallel(
         model: The plain model, or a function that makes it.
         inputs: Shape of its input; or a tuple of arguments or a dict of keyword arguments, each a shape (filled with
             random numbers), a tensor, or anything else that ``forward`` takes. Floating-point and complex tensors of
-            three or more dims that have as many rows as the first one are sharded.
+            three or more dims that have as many rows as the first one are sharded, in containers too.
         ranks: Number of domain ranks; with fewer than 3 no rank has two neighbours.
         shard_dim: The sharded dim.
         custom_converters: As for :func:`credit_domain.convert.convert_to_domain_parallel`, like ``local``.
@@ -86,7 +86,7 @@ def verify_domain_parallel(
     plain = cast_module(plain_copy(model if isinstance(model, nn.Module) else model()), torch.float64)
     notes = [f"dropout of {', '.join(names)} set to 0"] if (names := without_dropout(plain)) else []
     args, kwargs = _arguments(inputs, seed)
-    numbers = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and is_number(x)]
+    numbers = [x for _, x in tensors_in((args, kwargs)) if is_number(x)]
     rows = rows_of(numbers, shard_dim)
     if not rows:
         raise ValueError(
