@@ -1,13 +1,17 @@
-"""What all tests share: the gate of the tests that need a GPU, Hypothesis's settings, and what can be collected."""
+"""What all tests share: the gate of the tests that need a GPU, Hypothesis's settings, what can be collected, and a look
+at what each test leaves behind for others."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing.forkserver
 import os
+import random
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,7 @@ PARTS = (
 )
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
 
-# A rank that is a process need not spend half a second on these.
+# A rank that is a process need not spend a second or two on these.
 PRELOADED = [
     "credit_halo.testing",
     "credit_domain",
@@ -50,12 +54,42 @@ PRELOADED = [
     "hypothesis",
     "pytest",
     "xarray",
+    # What torch.compile imports when it is first used takes longer than to compile a small function.
+    "torch._inductor.compile_fx",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of each package run N quick tests only, and all tests in mixed order"
+    parser.addoption("--few", type=int, metavar="N", help=text)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a few tests of each package, all of others, under `--few`; the same ones whenever the tests are the same."""
+    if (few := config.getoption("few")) is None:
+        return
+    random.Random(0).shuffle(items)
+    kept: list[pytest.Item] = []
+    taken: dict[Path, int] = {}
+    for item in items:
+        folder = item.path.parent
+        if "packages" in folder.parts:
+            if item.get_closest_marker("slow") or taken.get(folder, 0) == few:
+                continue
+            taken[folder] = taken.get(folder, 0) + 1
+        kept.append(item)
+    left = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = kept
 
 
 def pytest_report_header() -> str | None:
     """Say what is not collected."""
     return f"without {', '.join(MISSING)} no tests of: {', '.join(PARTS)}" if MISSING else None
+
+
+FOUND = pytest.StashKey[dict[str, Any]]()
 
 
 @functools.cache
@@ -129,3 +163,61 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("CREDIT_REQUIRE_GPU", "0") not in ("", "0"):
         pytest.fail(f"{reason}, and CREDIT_REQUIRE_GPU is set", pytrace=False)
     pytest.skip(reason)
+
+
+# What a test leaves behind for others. pytest puts filters of warnings back, and random generators are seeded below.
+
+
+def shared_state() -> dict[str, Any]:
+    """What all tests of a process share, by what an error calls it."""
+    found: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    found["the working directory"] = os.getcwd()
+    found["sys.path"] = list(sys.path)
+    found["the handler of SIGINT"], found["that of SIGTERM"] = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))
+    found["threads that are no daemons"] = {thread for thread in threading.enumerate() if not thread.daemon}
+    found["processes"] = set(multiprocessing.active_children())
+    loggers = {name: logging.getLogger(name) for name in ["", *logging.root.manager.loggerDict]}
+    for name, logger in loggers.items():
+        if not name or (name.startswith("credit") and name != "credit_halo.trace"):
+            found[f"the logger {name or 'root'}"] = logger.level, logger.propagate, logger.disabled, [*logger.handlers]
+    found.update({f"sys.modules[{name!r}]": id(module) for name, module in sys.modules.items()})
+    if "torch.distributed" in sys.modules:
+        import torch
+
+        found["torch's default dtype"] = torch.get_default_dtype()
+        found["torch's default device"] = torch.get_default_device()
+        found["torch's number of threads"] = torch.get_num_threads()
+        found["torch's grad mode"] = torch.is_grad_enabled()
+        found["torch's autocast"] = torch.is_autocast_enabled("cpu")
+        found["torch's deterministic mode"] = torch.are_deterministic_algorithms_enabled()
+        found["a process group"] = torch.distributed.is_initialized()
+        for at in (torch, torch.distributed, torch.nn, torch.nn.functional, torch.nn.Module):
+            found.update({f"{at.__name__}.{name}": id(value) for name, value in vars(at).items() if callable(value)})
+    return found
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Begin each test with the same random numbers, whatever ran before, and note what it finds."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch.distributed" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    trace = logging.getLogger("credit_halo.trace")  # whose lines go to the stderr of the test that first asked for them
+    trace.handlers, trace.level, trace.propagate = [], logging.NOTSET, True
+    item.stash[FOUND] = shared_state()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Compare what a test leaves with what it found. What is new is left out where a first use makes it."""
+    result = yield
+    found, left = item.stash[FOUND], shared_state()
+    made_by_use = ("sys.modules", "torch", "the logger")
+    changed = [name for name in found if name not in left or left[name] != found[name]]
+    changed += [name for name in left if name not in found and not name.startswith(made_by_use)]
+    if changed:
+        pytest.fail(f"left behind for other tests: {', '.join(changed)}", pytrace=False)
+    return result

@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-nox.needs_version = ">=2025.2"
+nox.needs_version = ">=2026.10"
 nox.options.sessions = ["tests-gloo", "tests-gpu", "lint", "types", "build", "docs"]
 # pip, not uv: where a machine is told by pip's own settings which build of torch to take, uv does not see them.
 nox.options.default_venv_backend = "virtualenv"
@@ -30,6 +30,9 @@ TEST_ENV = {"OMP_NUM_THREADS": "1"}
 # bytecode: every process that starts would compile torch again, for 4 seconds.
 KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
 
+# `--no-compile` leaves the bytecode of torch's 2,000 modules to those that are imported (6 s instead of 19 s).
+PIP = ["--quiet", "--no-compile", "--constraint", "constraints.txt"]
+
 
 def group(name: str) -> list[str]:
     return list(nox.project.dependency_groups(PYPROJECT, name))
@@ -40,54 +43,72 @@ def lowest(package: str) -> list[str]:
     return PACKAGES[: PACKAGES.index(package) + 1]
 
 
+def purelib(session: nox.Session) -> str:
+    """Where the environment of the session has its packages."""
+    return (
+        session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True) or ""
+    ).strip()
+
+
+@nox.session(default=False)
+def torch(session: nox.Session) -> None:
+    """Install torch, and what builds the packages, once for all sessions that need them."""
+    session.install(*PIP, "torch", "hatchling")
+
+
 def install(session: nox.Session, packages: list[str], *tools: str, extras: str = "") -> None:
     """Install packages of this repository as a user would (not editable), and tools beside them.
 
-    `extras` are those of credit-parallel, such as "[data,plot]".
-
-    Two things make it fast. `--no-compile` leaves the bytecode of torch's 2,000 modules to those that are
-    imported (6 s instead of 19 s). And one hatchling in the environment builds all packages, instead of a
-    fresh build environment for each; the session `build` does build them in isolation.
+    `extras` are those of credit-parallel, such as "[data,plot]". Of torch, which is large and slow to install, there is
+    one for all sessions: a line in a `.pth` file lets Python, and pip, find it beneath what is installed here. And its
+    hatchling builds all packages, instead of a fresh build environment for each; the session `build` does build them
+    in isolation, and tries them where nothing lies beneath.
     """
     session.env.update(KEEP_BYTECODE)
-    pip = ["--quiet", "--no-compile", "--constraint", "constraints.txt"]
-    session.install(*pip, "torch", *tools)
+    here = Path(session.virtualenv.location)
+    own = Path(purelib(session))
+    (own / "torch.pth").write_text(f"{here.parent / 'torch' / own.relative_to(here)}\n")
+    if tools:
+        session.install(*PIP, *tools)
     if packages:
-        session.install(*pip, "hatchling")
         wanted = {package: extras if package == "credit-parallel" else "" for package in packages}
-        session.install(*pip, "--no-build-isolation", *(f"./packages/{p}{extra}" for p, extra in wanted.items()))
+        session.install(*PIP, "--no-build-isolation", *(f"./packages/{p}{extra}" for p, extra in wanted.items()))
 
 
-@nox.session(name="tests-gloo")
+@nox.session(name="tests-gloo", requires=["torch"], allow_parallel=True)
 @nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in PACKAGES] + [nox.param("all", id="all")])
 def tests_gloo(session: nox.Session, package: str) -> None:
-    """The tests that need no GPU: each package with only the layers below it, then the quick ones all together.
+    """The tests that need no GPU: each package with only the layers below it; then names and leftovers of all.
 
-    The last finds names that clash and what tests leave behind for others; tests of the repository run only there.
+    The last collects the tests of all packages in one process, which finds names that clash, and runs a few of each in
+    mixed order, which finds what one leaves behind for others; tests of the repository run only there.
     """
     everything = package == "all"
     install(session, PACKAGES if everything else lowest(package), *group("test"), extras="[data,grib,plot,tensorboard]")
-    paths = ["tests", "packages"] if everything else [f"packages/{package}/tests"]
-    marked = "not gpu and not slow" if everything else "not gpu"  # slow ones have run, and take minutes
-    options = ["-n", "2", "--dist", "worksteal", "--timeout", "1200", "--durations", "8", "-m", marked]
-    session.run("pytest", *options, *paths, *session.posargs, env=TEST_ENV)
+    how = (
+        ["--few", "20", "tests", "packages"]
+        if everything
+        else ["-n", "2", "--dist", "worksteal", f"packages/{package}/tests"]
+    )
+    options = ["--timeout", "1200", "--durations", "8", "-m", "not gpu"]
+    session.run("pytest", *options, *how, *session.posargs, env=TEST_ENV)
 
 
-@nox.session
+@nox.session(requires=["torch"])
 def fuzz(session: nox.Session) -> None:
     """Run the property tests with new examples for 20 minutes; `-- --minutes N`, `-- --seed N` to repeat."""
     install(session, PACKAGES, *group("test"), extras="[data,grib,plot,tensorboard]")
     session.run("python", "tools/fuzz.py", *session.posargs, env=TEST_ENV)
 
 
-@nox.session
+@nox.session(requires=["torch"], allow_parallel=True)
 def demo(session: nox.Session) -> None:
     """Train a small model on 4 ranks and on one, and compare; `nox -s demo -- --help` tells more."""
     install(session, PACKAGES, extras="[data,plot]")
     session.run("credit-parallel", "demo", *session.posargs)
 
 
-@nox.session(name="tests-gpu")
+@nox.session(name="tests-gpu", requires=["torch"], allow_parallel=True)
 def tests_gpu(session: nox.Session) -> None:
     """The tests marked `gpu`, on whatever GPUs there are; a line of pytest's says which and how."""
     required = os.environ.get("CREDIT_REQUIRE_GPU", "0") not in ("", "0")
@@ -113,7 +134,7 @@ def might_have_gpu() -> bool:
     return files or any(shutil.which(tool) for tool in ("nvidia-smi", "rocm-smi", "amd-smi"))
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def lint(session: nox.Session) -> None:
     """Ruff's rules and format, the layers and their faces, and the same ruff in pre-commit."""
     session.install("--quiet", *group("lint"))
@@ -127,16 +148,16 @@ def lint(session: nox.Session) -> None:
         session.error(f"pre-commit's ruff ({hook and hook[1]}) is not one that the lint group takes ({ruff})")
 
 
-@nox.session
+@nox.session(requires=["torch"], allow_parallel=True)
 def types(session: nox.Session) -> None:
     """Strict mypy over the four packages, from source."""
     install(session, [], *group("types"))
     session.run("mypy", *session.posargs)
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def build(session: nox.Session) -> None:
-    """Build the four wheels, then try each alone in a clean environment."""
+    """Build the four wheels, then try them in a clean environment: each before the next, higher, one is installed."""
     session.install("--quiet", "--no-compile", *group("build"))
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory() as outside:  # of the repository: only what is installed can be imported
@@ -153,20 +174,18 @@ def build(session: nox.Session) -> None:
         # The siblings just built, whatever an index may have under their names.
         siblings = tmp / "siblings.txt"
         siblings.write_text("".join(f"{package} @ {wheel.as_uri()}\n" for package, wheel in wheels.items()))
-        pip = ["--quiet", "--no-compile", "--constraint", "constraints.txt", "--constraint", str(siblings)]
-        check = Path("tools/check_wheel.py").absolute()
+        check, clean = Path("tools/check_wheel.py").absolute(), tmp / "clean"
+        session.run("virtualenv", "--quiet", str(clean))
+        python = str(clean / ("Scripts" if sys.platform == "win32" else "bin") / "python")
         for package in PACKAGES:
-            clean = tmp / package
-            session.run("virtualenv", "--quiet", str(clean))
-            python = str(clean / ("Scripts" if sys.platform == "win32" else "bin") / "python")
-            session.run(python, "-m", "pip", "install", *pip, str(wheels[package]), external=True)
+            pip = [python, "-m", "pip", "install", *PIP, "--constraint", str(siblings)]
+            session.run(*pip, str(wheels[package]), external=True)
             with session.chdir(tmp):
                 args = [package, versions[package], *lowest(package)[:-1]]
-                session.run(python, "-I", "-B", str(check), *args, external=True)
-            shutil.rmtree(clean)
+                session.run(python, "-I", str(check), *args, external=True)
 
 
-@nox.session
+@nox.session(requires=["torch"], allow_parallel=True)
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
     install(session, PACKAGES, *group("docs"))
@@ -175,7 +194,7 @@ def docs(session: nox.Session) -> None:
     session.log(f"open {out}/index.html")
 
 
-@nox.session
+@nox.session(requires=["torch"])
 def bench(session: nox.Session) -> None:
     """Measure what the packages cost: counts must be the least possible, compiled code exact; times are only shown."""
     install(session, PACKAGES, "numpy")  # without it torch warns in every process

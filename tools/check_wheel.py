@@ -2,8 +2,8 @@
 
     python -I tools/check_wheel.py credit-halo 0.1.0 credit-mesh
 
-Arguments: the package, the version that `hatch version` gives, and the layers below it. Standard library
-only, since nothing else is installed there.
+It imports every module, and runs every command for its help. Arguments: the package, the version that
+`hatch version` gives, and the layers below it. Standard library only, since nothing else is installed there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 
@@ -63,6 +65,12 @@ def problems(package: str, version: str, below: list[str]) -> list[str]:
     if upper := recorder.asked - {name.replace("-", "_") for name in (package, *below)}:
         found.append(f"imports {sorted(upper)}, which is not a layer below it")
 
+    for name in sorted(scripts):
+        command = Path(sys.executable).parent / name
+        done = subprocess.run([str(command), "--help"], capture_output=True, text=True, check=False)
+        if done.returncode or "usage" not in done.stdout.lower():
+            found.append(f"`{name} --help` ends with status {done.returncode}: {done.stderr.strip()[-500:]}")
+
     for source, has in (("metadata", distribution.version), ("__version__", module.__version__)):
         if has != version:
             found.append(f"{source} says version {has}, hatch says {version}")
@@ -76,7 +84,7 @@ def main(package: str, version: str, *below: str) -> int:
     for problem in found:
         print(f"{package}: {problem}", file=sys.stderr)
     if not found:
-        print(f"{package} {version}: installs alone with {', '.join(below) or 'no sibling'}, imports, is typed")
+        print(f"{package} {version}: installs with {', '.join(below) or 'no sibling'} alone, imports, runs, is typed")
     return 1 if found else 0
 
 

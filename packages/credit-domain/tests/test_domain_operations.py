@@ -18,8 +18,8 @@ from credit_domain import convert_to_domain_parallel, plan_domain_parallel
 from credit_domain.engine import driver
 from credit_domain.engine.layer import LAYERS, DomainParallelLayer, Seen, record_of
 from credit_domain.engine.row_op import ROW_OPS, ratio_of
-from credit_domain.rules import decide
-from credit_domain.stride import granularity_of, stride_of
+from credit_domain.model.granularity import granularity_of, stride_of
+from credit_domain.model.rules import decide
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_domain_parallel
 
@@ -190,3 +190,13 @@ def test_its_mistakes_are_errors_on_all_ranks(example):
 def test_two_operations_of_one_name_are_refused(example):
     with pytest.raises(ValueError, match="two operations are called Pairs"):
         example.row_op(type("Pairs", (), {}))
+
+
+def test_a_record_that_is_written_again_counts(example):
+    def footprint(self, source):
+        raise ValueError("another one")
+
+    driver.step_for(example.Pairs(), (2, 2), 0, "pairs")
+    again = example.row_op(type("Pairs", (example.Pairs,), {"footprint": footprint, "__module__": example.__name__}))
+    with pytest.raises(ValueError, match="pairs: another one"):
+        driver.step_for(again(), (2, 2), 0, "pairs")

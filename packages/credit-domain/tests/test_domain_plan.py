@@ -16,8 +16,8 @@ from torch import nn
 from credit_domain import convert_to_domain_parallel, plan_domain_parallel
 from credit_domain.blocks import WindowAttention
 from credit_domain.layers import DomainParallelPeriodicConv2d
+from credit_domain.model.planning import traffic
 from credit_domain.ops.conv.convolution import Convolution
-from credit_domain.planning import traffic
 from credit_halo import plan_rows
 from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh import RowPartition, get_domain_parallel_manager, initialize_domain_parallel

@@ -246,6 +246,8 @@ def test_what_a_safetensors_file_cannot_hold(tmp_path):
         export_plain(tmp_path / "named", tmp_path / "named.safetensors")
     with pytest.raises(ValueError, match="format must be 'safetensors', 'torch' or None; got 'zip'"):
         export_plain(tmp_path / "steps", tmp_path / "out", format="zip")
+    with pytest.raises(ValueError, match=r"torch.load would not read .*other.safetensors"):
+        export_plain(tmp_path / "steps", tmp_path / "other.safetensors", format="torch")
 
 
 # Imports

@@ -316,6 +316,15 @@ def neighbours(content):
     return with_header(header, data)
 
 
+def twice(content):
+    """The file with a tensor of two places."""
+    header, data = header_of(content)
+    entry = header["model/0.weight"]
+    other = {**entry, "data_offsets": [0, 48] if entry["data_offsets"][0] else [48, 96]}
+    text = json.dumps(header)[:-1] + f', "model/0.weight": {json.dumps(other)}}}'
+    return with_header(text.encode(), data)
+
+
 def renamed(content):
     header, data = header_of(content)
     header["model/0.heavy"] = header.pop("model/0.weight")
@@ -349,6 +358,7 @@ HEADERS = {
         "has model/0.weight as F32 of shape [3, 4], and index.json as F32",
         lambda c: weight(c, shape=[3, 4]),
     ),
+    "a name that comes twice": (NO_FILE, twice),
     "another name": (NO_FILE + " model/0.weight", renamed),
 }
 

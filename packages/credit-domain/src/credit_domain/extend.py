@@ -9,8 +9,8 @@ of the model that was converted, in a state dict: :func:`plain_names`, :func:`wi
 
 from credit_domain.casts import real_dtype_of
 from credit_domain.engine.ranks import ALONE, Domain, domain_of, new_layer, sizes_of
-from credit_domain.saved_names import plain_names, with_plain_names
-from credit_domain.trace import LayerCall, meta_copy, plain_copy, trace
+from credit_domain.model.saved_names import plain_names, with_plain_names
+from credit_domain.model.trace import LayerCall, meta_copy, plain_copy, trace
 
 __all__ = [
     "ALONE",

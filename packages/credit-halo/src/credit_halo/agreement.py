@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from credit_halo._gloo_threads import wait_their_turn
 from credit_halo.bounded import Bounded
 from credit_halo.faults import break_group, refuse_broken
+from credit_halo.process_wide import batch_gloo_threads
 from credit_halo.roll_call import answer_roll_calls
 
 AGREED = 1 << 14
@@ -62,7 +62,7 @@ def agree(
     """
     if problem is None and has_agreed(group, key):
         return None
-    wait_their_turn(group)
+    batch_gloo_threads(group)
     answer_roll_calls()
     refuse_broken(group, what)
     said = describe()

@@ -225,7 +225,7 @@ def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
         return f"the plan is for {plan.ranks} ranks, the group has {size}{hint}"
     if plan.ranks > 1 and dist.get_rank(group) != plan.rank:
         return f"the plan is that of rank {plan.rank}; this is rank {dist.get_rank(group)} of the group"
-    return misfit(x, plan, dim)
+    return misfit(x.shape, x.dtype, plan, dim)
 
 
 def _group_of(group: ProcessGroup | None) -> ProcessGroup:

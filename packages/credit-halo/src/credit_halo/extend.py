@@ -16,7 +16,8 @@ Exchanges as parts of them: :data:`ops`, :data:`plans`, :func:`misfit`, :func:`e
 operators ``torch.ops.credit_halo.sum(x, group, compiled)`` and ``broadcast(x, src, group, compiled)`` take the name of
 a group, as compiled code must.
 
-What changes the process: :mod:`credit_halo.process_wide`.
+What changes the process outside of these packages: :func:`share_cores`, :func:`allow_recompilations`,
+:func:`end_process`; each can be switched off by the environment.
 """
 
 from credit_halo import debug, ops
@@ -28,6 +29,7 @@ from credit_halo.fit import misfit
 from credit_halo.halo_exchange import _HaloExchangeFunction as HaloExchangeFunction
 from credit_halo.learning import PartitionLearner, learn_while_tracing, learner
 from credit_halo.plan import plans, repartition_needs
+from credit_halo.process_wide import allow_recompilations, end_process, share_cores
 from credit_halo.recompute import marked, reach
 from credit_halo.rows import empty_rows, memory_format
 from credit_halo.transport import as_bytes
@@ -37,10 +39,12 @@ __all__ = [
     "HaloExchangeFunction",
     "PartitionLearner",
     "agree",
+    "allow_recompilations",
     "as_bytes",
     "break_group",
     "debug",
     "empty_rows",
+    "end_process",
     "group_by_name",
     "has_agreed",
     "keep_order",
@@ -55,4 +59,5 @@ __all__ = [
     "reach",
     "refuse_broken",
     "repartition_needs",
+    "share_cores",
 ]

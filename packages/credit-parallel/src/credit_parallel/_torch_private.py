@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from credit_halo.extend import allow_recompilations
 
 
 def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -72,13 +76,15 @@ def is_view(x: Tensor) -> bool:
     return x._base is not None
 
 
-def allow_recompilations(least: int) -> None:
-    """Let torch.compile make so many versions of one function.
+def compiled(function: Callable[..., Any], versions: int) -> Callable[..., Any]:
+    """A function compiled as one graph, of which torch may make so many versions.
 
-    Blocks of a class share its code, and each shape of theirs is a version, in training and without gradients. There is
-    no way to ask for the limit of one function, and the public name of the setting is younger than torch 2.8.
+    Blocks of a class share its code, and each shape of theirs is a version, in training and without gradients. Before
+    ``torch.compile`` had an argument for it, the limit was one of the whole process.
     """
-    import torch._dynamo
-
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, least)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limited: Any = functools.partial(torch.compile, recompile_limit=max(versions, 8))
+    else:
+        allow_recompilations(versions)
+        limited = torch.compile
+    return limited(function, fullgraph=True)  # type: ignore[no-any-return]

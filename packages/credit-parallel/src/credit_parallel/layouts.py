@@ -8,7 +8,7 @@ and parameters of P bytes in the dtype that computes, all as a ring sends them f
   the gradients, (n - 1) / n G; what is in no block stays gathered between the two;
 - tensor parallelism sums A bytes of activations in 2 (t - 1) / t A, and moves rows of fused weights (``_tp_parts``).
 
-Halos are those of :func:`credit_domain.planning.plan_domain_parallel`, a bound: the busiest rank of each layer is
+Halos are those of :func:`credit_domain.model.planning.plan_domain_parallel`, a bound: the busiest rank of each layer is
 counted, and a backward as a forward. What norms sum is left out: a few numbers for each.
 
 Ring collectives: P. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.block import Block
+from credit_domain.blocks.block import Block, worked_out
 from credit_domain.casts import cast_module
 from credit_domain.engine.layer import DomainParallelLayer
-from credit_domain.engine.ranks import constant, domain_of, sizes_of
+from credit_domain.engine.ranks import domain_of, sizes_of
+from credit_domain.model.trace import LONE_MANAGER
 from credit_domain.ops.interpolation.interpolation import resampled_partition
-from credit_mesh import RowPartition
+from credit_mesh import DomainParallelManager, RowPartition
 
-_ALONE = SimpleNamespace(domain_parallel_size=1)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Adapter(DomainParallelLayer):
@@ -37,9 +37,7 @@ class Adapter(DomainParallelLayer):
 
         convert_to_domain_parallel(model, manager, custom_converters={Head: ShardedHead})
 
-    Args:
-        module: The module to stand in for.
-        label: What errors and traces call it; None takes the name of the class.
+    It is made of the module to stand in for, as the layers of :mod:`credit_domain.layers` are.
     """
 
     visits_children = True
@@ -49,6 +47,28 @@ class Adapter(DomainParallelLayer):
     def sharding(self) -> dict[str, Any]:
         """The keyword arguments ``manager``, ``label`` and ``layer`` of :mod:`credit_domain.blocks`."""
         return {"manager": self.manager, "label": self.label, "layer": self._layer}
+
+
+class ProvedAdapter(Adapter):
+    """An adapter that is tried, when it is made, against the module that it stands in for; see :func:`prove`.
+
+    Raises:
+        ValueError: If the module computes something else.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shard_dim: int = -2,
+        *,
+        manager: DomainParallelManager | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(module, shard_dim, manager=manager, label=label)
+        self._prove()
+
+    def _prove(self) -> None:
+        raise NotImplementedError
 
 
 def is_candidate(module: nn.Module, inputs: int = 1) -> bool:
@@ -79,7 +99,6 @@ def prove(
         layer: The layer; its ``form`` becomes the first of ``forms`` that agrees.
         what: What the module was taken for.
         inputs: Arguments of each call: shapes are filled with random numbers.
-        forms: Variants that the layer knows.
         children: Stand-ins for children of the module, while it is tested.
         **attributes: Of the module, while it is tested: such as the size of the grid, where it is written into it.
 
@@ -111,15 +130,8 @@ def _difference(
         twin, generator = copy.deepcopy(layer), torch.Generator().manual_seed(0)
         for part in twin.modules():
             if isinstance(part, DomainParallelLayer):
-                part.__dict__["manager"] = _ALONE
-        plain = twin.wrapped
-        if any(value.is_meta for value in (*twin.parameters(), *twin.buffers())):
-            plain.to_empty(device="cpu")
-            for buffer in plain.buffers():
-                buffer.fill_(1)
-        cast_module(plain, torch.float64, "cpu").eval()
-        for parameter in plain.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
+                part.__dict__["manager"] = LONE_MANAGER
+        plain = in_double(twin.wrapped, generator)
         plain._modules.update(children)
         for name, value in attributes.items():
             setattr(plain, name, value)
@@ -144,6 +156,19 @@ def _difference(
     return ""
 
 
+@torch.no_grad()
+def in_double(module: _Module, generator: torch.Generator) -> _Module:
+    """Give a module random parameters in float64, on the CPU, in place; where it has no values, plausible buffers."""
+    if any(value.is_meta for value in (*module.parameters(), *module.buffers())):
+        module.to_empty(device="cpu")
+        for buffer in module.buffers():
+            buffer.fill_(1 if buffer.is_floating_point() else 0)
+    cast_module(module, torch.float64, "cpu").eval()
+    for parameter in module.parameters():
+        parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
+    return module
+
+
 def partition_at(layer: DomainParallelLayer, x: Tensor, dim: int, what: str = "") -> RowPartition:
     """Who holds which rows of a tensor that a layer meets in its forward; learned once for each ``what``."""
     sizes = sizes_of(x, dim, domain_of(layer.manager), layer.label, None, (layer._layer, what))
@@ -159,7 +184,7 @@ def landing(layer: DomainParallelLayer, source: RowPartition, rows: int) -> RowP
     return RowPartition(_landing(source.sizes, domain_of(layer.manager).declared, rows), allow_empty=True)
 
 
-@constant
+@worked_out
 def _landing(sizes: tuple[int, ...], declared: str, rows: int) -> tuple[int, ...]:
     source = RowPartition(sizes, allow_empty=True)
     if declared:

@@ -15,9 +15,7 @@ from credit_domain.engine.ranks import domain_of
 class DomainParallelDropPath(DomainParallelLayer):
     """A module that drops whole samples, the same ones on every rank: those that the first rank draws.
 
-    Args:
-        module: The module; of a tensor of ones, (B, 1, ...), it makes the factor of each sample.
-        shard_dim: The sharded dim; any but that of samples gives the same.
+    The module makes the factor of each sample of a tensor of ones, (B, 1, ...).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.engine.ranks import new_layer
-from credit_mesh import DomainParallelManager
+from credit_domain.engine.driver import Step, step_of
+from credit_domain.engine.footprint import Footprint
+from credit_domain.engine.ranks import constant, new_layer
+from credit_halo import EdgeRule
+from credit_mesh import DomainParallelManager, RowPartition
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Block(nn.Module):
     """A module that hands the functions here what they need to know: ``split_windows(x, 7, **self.sharding)``.
 
-    Args:
-        label: What errors and traces call this block, the same on every rank; None takes the name of the class.
+    ``label`` is what errors and traces call it, the same on every rank; None takes the name of the class.
     """
 
-    def __init__(self, *, manager: DomainParallelManager | None = None, label: str | None = None) -> None:
+    def __init__(
+        self, dim: int = -2, *, manager: DomainParallelManager | None = None, label: str | None = None
+    ) -> None:
         super().__init__()
-        self.manager = manager
+        self.dim, self.manager = dim, manager
         self.label = type(self).__name__ if label is None else label
         self._layer = new_layer()
 
@@ -33,6 +41,24 @@ class Block(nn.Module):
     def sharding(self) -> dict[str, Any]:
         """The keyword arguments ``manager``, ``label`` and ``layer`` of the functions here."""
         return {"manager": self.manager, "label": self.label, "layer": self._layer}
+
+
+def worked_out(fn: _F) -> _F:
+    """A function of integers and strings that is worked out once for the same, and while compiled code is traced."""
+    cached = lru_cache(maxsize=4096)(fn)
+
+    @wraps(fn)
+    def found(*args: Any) -> Any:
+        return cached(*args)
+
+    marked: Any = constant(found)
+    return marked  # type: ignore[no-any-return]
+
+
+def step_between(source: RowPartition, target: RowPartition, needs: Sequence[tuple[int, ...]], rank: int) -> Step:
+    """Bring each rank the rows of ``source`` in ``needs``, which are its own rows of ``target`` from then on."""
+    # Slots of windows are no rows of a level of the model, which skip connections would meet.
+    return step_of(Footprint(source, target, tuple(needs), EdgeRule()), rank)._replace(sizes=((), ()))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:

@@ -24,8 +24,6 @@ def global_mean(
 
     Args:
         x: This rank's rows: (B, C, H, W), or another number of spatial dims.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         (B, C, 1, 1).
@@ -51,23 +49,15 @@ def global_mean(
 class GlobalMean(Block):
     """:func:`global_mean` in the place of :class:`torch.nn.AdaptiveAvgPool2d` ``(1)``."""
 
-    def __init__(
-        self, dim: int = -2, *, manager: DomainParallelManager | None = None, label: str | None = None
-    ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.dim = dim
-
     def forward(self, x: Tensor) -> Tensor:
         """Mean of each channel, (B, C, 1, 1); see :func:`global_mean` for errors and collectives."""
         return global_mean(x, dim=self.dim, **self.sharding)
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a factor between 0 and 1, of the global means of all; parameters are named as torchvision's.
+    """Each of C channels times a factor between 0 and 1, made of all means by ``squeezed`` channels in between.
 
-    Args:
-        channels: C.
-        squeezed: Channels in between.
+    Parameters are named as torchvision's.
     """
 
     def __init__(
@@ -91,11 +81,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class ScSE(nn.Module):
-    """Squeeze and excitation of channels plus that of points; parameters are named as segmentation_models_pytorch's.
+    """Squeeze and excitation of channels, of which C / ``reduction`` are in between, plus that of points.
 
-    Args:
-        channels: C.
-        reduction: C is divided by this in between.
+    Parameters are named as segmentation_models_pytorch's.
     """
 
     def __init__(

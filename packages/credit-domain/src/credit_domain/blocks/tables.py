@@ -30,8 +30,6 @@ def local_rows(
         table: Parameter or buffer of all rows, the same on every rank.
         x: This rank's rows of the tensor that the table is for.
         dim: The sharded dim, counted from the last where ``table`` and ``x`` have different numbers of dims.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         A view of ``table``.
@@ -53,11 +51,9 @@ def local_rows(
 
 
 class PositionTable(Block):
-    """Adds a learned value for each channel and point of the grid; whole on each rank, and in the state_dict.
+    """Adds a learned value for each channel and point of the whole ``grid``, (H, W) or (T, H, W).
 
-    Args:
-        channels: C.
-        grid: Size of the whole grid: (H, W), or (T, H, W).
+    The table is whole on each rank, and in the state_dict.
     """
 
     def __init__(
@@ -69,8 +65,7 @@ class PositionTable(Block):
         manager: DomainParallelManager | None = None,
         label: str | None = None,
     ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.dim = dim
+        super().__init__(dim, manager=manager, label=label)
         self.table = nn.Parameter(torch.empty(1, channels, *grid))
         nn.init.trunc_normal_(self.table, std=0.02)
 

@@ -7,7 +7,7 @@ torch's own operator on them, and keeps a rank without rows in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from credit_domain.engine.footprint import Footprint
-from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of
-from credit_domain.engine.row_op import RowOp, footprint_for
+from credit_domain.engine.ranks import Domain, constant, domain_of, known_sizes, normal_dim, sizes_of
+from credit_domain.engine.row_op import ROW_OPS, RowOp, footprint_for
 from credit_domain.engine.skips import follow
 from credit_halo import exchange_rows, plan_rows
 from credit_halo.extend import marked, ops, plans
@@ -27,7 +27,9 @@ class Call(NamedTuple):
     """What every operation is told beside its own arguments.
 
     Attributes:
+        dim: The sharded dim.
         partition: Who holds which rows of the input; where None, the ranks ask each other.
+        manager: Whose domain group takes part; None is the present one, or nobody else.
         label: What errors and traces call the operation.
         layer: The number that a layer remembers its partition by; None for a function.
     """
@@ -70,7 +72,9 @@ def place(op: RowOp, x: Tensor, call: Call, dim: int, domain: Domain) -> Placed:
     Collectives:
         Those of :func:`credit_domain.engine.ranks.sizes_of`.
     """
-    sizes = sizes_of(x, dim, domain, call.label, call.partition, call.layer)
+    sizes = known_sizes(x.shape, dim, domain, call.layer) if call.partition is None and domain.size > 1 else None
+    if sizes is None:
+        sizes = sizes_of(x, dim, domain, call.label, call.partition, call.layer)
     return Placed(dim, domain, sizes, step_for(op, sizes, domain.rank, call.label), call)
 
 
@@ -81,13 +85,13 @@ def step_for(op: RowOp, sizes: tuple[int, ...], rank: int, label: str) -> Step:
 
 @constant
 def _step_for(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
-    return _cached_step(kind, numbers, sizes, rank, label)
+    return _cached_step(ROW_OPS[kind], numbers, sizes, rank, label)
 
 
-@lru_cache(maxsize=4096)
-def _cached_step(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
+@lru_cache(maxsize=4096)  # by class, not by name: in a notebook, a class is written more than once
+def _cached_step(op: type, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
     try:
-        return step_of(footprint_for(kind, numbers, sizes), rank)
+        return step_of(footprint_for(op, numbers, sizes), rank)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error.__cause__
 
@@ -223,14 +227,15 @@ def resized(none: Tensor, dim: int, batch: int, rows: int) -> Tensor:
     return none.reshape(batch, *none.shape[1:dim], rows, *none.shape[none.ndim + dim + 1 :])
 
 
-def batched(x: Tensor, nd: int, label: str) -> None:
-    """Refuse tensors that are neither (B, C, ...) nor (C, ...) with ``nd`` dims after the channels.
+def is_unbatched(shape: Sequence[int], nd: int, label: str) -> bool:
+    """Whether a tensor is (C, ...) with ``nd`` dims after the channels, and not (B, C, ...).
 
     Raises:
-        ValueError: If so.
+        ValueError: If it is neither.
     """
-    if x.ndim not in (nd + 1, nd + 2):
-        raise ValueError(f"{label}: expected {nd + 1} or {nd + 2} dims; got a tensor of shape {tuple(x.shape)}")
+    if len(shape) not in (nd + 1, nd + 2):
+        raise ValueError(f"{label}: expected {nd + 1} or {nd + 2} dims; got a tensor of shape {tuple(shape)}")
+    return len(shape) == nd + 1
 
 
 def _each(out: Result, fn: Callable[[Tensor], Tensor]) -> Result:

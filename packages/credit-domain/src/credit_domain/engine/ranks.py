@@ -88,6 +88,13 @@ new_layer = learner.new_layer
 """A number for a layer to remember what it learned by."""
 
 
+def known_sizes(shape: torch.Size, dim: int, domain: Domain, layer: Hashable) -> tuple[int, ...] | None:
+    """What :func:`sizes_of` says where a layer has learned it; None where it would ask the other ranks."""
+    if layer is None or not domain.declared or torch.compiler.is_compiling():
+        return None
+    return learner.known(shape, dim, group_by_name(domain.group), domain.declared, layer)
+
+
 def sizes_of(
     x: Tensor,
     dim: int,

@@ -64,11 +64,11 @@ class RowOfEach(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def footprint_for(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...]) -> Footprint:
-    """The footprint of an operation, given by its name and numbers.
+def footprint_for(op: type, numbers: tuple[Any, ...], sizes: tuple[int, ...]) -> Footprint:
+    """The footprint of an operation, given by its class and numbers.
 
     Raises:
         ValueError: If it cannot work on these rows.
     """
-    op: RowOp = ROW_OPS[kind](*numbers)
-    return op.footprint(RowPartition(sizes, allow_empty=True))
+    record: RowOp = op(*numbers)
+    return record.footprint(RowPartition(sizes, allow_empty=True))

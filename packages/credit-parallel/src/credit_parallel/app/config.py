@@ -110,7 +110,7 @@ _ParallelismField = Annotated[
     ParallelismConfig,
     GetPydanticSchema(lambda _, handler: handler(_Parallelism)),
     AfterValidator(lambda block: ParallelismConfig(**asdict(block))),
-    BeforeValidator(_parallelism_block, json_schema_input_type=_Parallelism | None),
+    BeforeValidator(_parallelism_block),
 ]
 
 
@@ -197,8 +197,8 @@ class TrainerConfig:
         return max(self.timeout, self.startup_timeout)
 
 
-_DataField = Annotated[DataConfig, BeforeValidator(values.mapping, json_schema_input_type=DataConfig | None)]
-_ModelField = Annotated[ModelConfig, BeforeValidator(_model_block, json_schema_input_type=ModelConfig | None)]
+_DataField = Annotated[DataConfig, BeforeValidator(values.mapping)]
+_ModelField = Annotated[ModelConfig, BeforeValidator(_model_block)]
 _TrainerField = Annotated[
     TrainerConfig, BeforeValidator(values.mapping), Field(title="a block of keys and values, with steps or epochs")
 ]
@@ -275,6 +275,8 @@ class RunConfig:
             trainer["properties"][old] = {**trainer["properties"][new], **words}
         lengths = [{"required": [key], "properties": {key: {"type": "integer"}}} for key in ("steps", "epochs")]
         trainer["oneOf"] = lengths
+        for block, key in ((schema, "data"), (schema, "model"), (trainer, "parallelism")):  # may be empty
+            block["properties"][key] = {"anyOf": [block["properties"][key], {"type": "null"}]}
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,13 +42,15 @@ def export_plain(
     ends in ``.safetensors``, and the latter elsewhere.
 
     Raises:
-        ValueError: If there is no checkpoint, or its model has state that a safetensors file cannot hold.
+        ValueError: If there is no checkpoint, or the file cannot hold its model, or would not be read under its name.
         CheckpointError: If it is damaged or not complete.
     """
     target = Path(path)
     form = format or ("safetensors" if target.suffix == SUFFIX else "torch")
     if form not in ("safetensors", "torch"):
         raise ValueError(f"format must be 'safetensors', 'torch' or None; got {format!r}")
+    if form == "torch" and target.suffix == SUFFIX:  # torch.load goes by the name
+        raise ValueError(f"torch.load would not read {target}, since it ends in {SUFFIX}: choose another name for it")
     opened = open_checkpoint(folder, verify)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as scratch:
         written = Path(scratch) / "state"

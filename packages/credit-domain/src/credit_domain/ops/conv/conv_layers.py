@@ -24,9 +24,14 @@ from credit_mesh import DomainParallelManager
 
 
 class _Convolution(WeightedLayer):
-    """What all convolutions share."""
+    """What all convolutions share.
+
+    Attributes:
+        may_share: Whether another layer may read the same tensor; see :mod:`credit_domain.ops.conv.sharing`.
+    """
 
     spatial: int
+    may_share = True
     reason = "reads rows of other ranks"
 
     def __init__(
@@ -93,7 +98,7 @@ class _Conv(_Convolution):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's output rows: :func:`credit_domain.functional.conv2d`, or that of 1 or 3 dims."""
-        return conv(x, self.weight, self.bias, self._geometry(), self.call)
+        return conv(x, self.weight, self.bias, self._geometry(), self.call, self.may_share)
 
 
 @known_layer
@@ -174,7 +179,7 @@ class _ConvTranspose(_Convolution):
             wanted[dim] = self.record(m, dim).least_rows(x.shape[dim])
             output_padding = m._output_padding(x, wanted, m.stride, m.padding, m.kernel_size, self.spatial, m.dilation)
         args = (m.stride, m.padding, tuple(output_padding), m.groups, m.dilation)
-        return conv_transpose(self.spatial, x, self.weight, self.bias, *args, self.call, output_rows=rows)
+        return conv_transpose(self.spatial, x, self.weight, self.bias, *args, self.call, rows, self.may_share)
 
 
 @known_layer

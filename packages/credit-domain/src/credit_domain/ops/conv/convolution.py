@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.engine.driver import Call, Placed, batched, per_dim, place, without_rows
+from credit_domain.engine.driver import Call, Placed, is_unbatched, per_dim, place, without_rows
 from credit_domain.engine.footprint import Footprint, check_reach, window_rows, windows
 from credit_domain.engine.ranks import domain_of, normal_dim
 from credit_domain.engine.row_op import row_op
 from credit_domain.engine.skips import follow
 from credit_domain.ops.conv.borders import Local, local_of_conv
-from credit_domain.ops.conv.overlap import Shape
-from credit_domain.ops.conv.overlap_op import overlapped
+from credit_domain.ops.conv.overlap import Shape, overlapped
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -86,6 +85,15 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
     modes: tuple[str, ...]
+
+    @property
+    def torchs_padding(self) -> tuple[int, ...] | None:
+        """The padding as torch's convolutions take it; None if they do not do it."""
+        if any(before != after for before, after in self.padding):
+            return None
+        if any(pads[0] and mode != "zeros" for pads, mode in zip(self.padding, self.modes, strict=True)):
+            return None
+        return tuple(before for before, _ in self.padding)
 
     def along(self, at: int) -> Convolution:
         """What it does along one dim."""
@@ -188,7 +196,9 @@ def conv3d(
     return conv(x, weight, bias, geometry, Call(dim, partition, manager, label))
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, call: Call) -> Tensor:
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, call: Call, shares: bool = False
+) -> Tensor:
     """The convolution of any number of spatial dims, also for layers.
 
     Args:
@@ -197,27 +207,29 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, cal
         bias: Bias, or None.
         geometry: Its numbers.
         call: What it was told.
+        shares: Whether another layer may read the same tensor, so that one exchange may serve both.
     """
-    nd = len(geometry.kernel)
-    dim, domain = normal_dim(call.dim, x.ndim, nd, call.label), domain_of(call.manager)
-    batched(x, nd, call.label)
+    nd, label = len(geometry.kernel), call.label
+    dim, domain = normal_dim(call.dim, x.ndim, nd, label), domain_of(call.manager)
+    unbatched = is_unbatched(x.shape, nd, label)
     if domain.size == 1:
         return _padded_conv(x, weight, bias, geometry)
-    read, unbatched = x, x.ndim == nd + 1
-    x = x.unsqueeze(0) if unbatched else x
-    op = geometry.along(dim)
+    called, x = x, x.unsqueeze(0) if unbatched else x
+    rows = x
+    op, at = geometry.along(dim), dim + nd
     placed = place(op, x, call, dim, domain)
-    follow(*placed.step.sizes, domain, call.label)
-    at = dim + nd
+    follow(*placed.step.sizes, domain, label)
     rest = geometry._replace(padding=(*geometry.padding[:at], (0, 0), *geometry.padding[at + 1 :]))
+    inside = rest.torchs_padding
+    if inside is None and not placed.step.local:
+        x, inside = _padded(x, rest)
     out = None
-    if not placed.step.local:
-        padded, inside = _padded(x, rest)
-        waits = partial(_waiting, placed, rest._replace(padding=tuple((pad, pad) for pad in inside)))
+    if inside is not None:
         shape = Shape(rest.stride, inside, rest.dilation, False, (0,) * nd, rest.groups)
-        out = overlapped(op, padded, weight, bias, placed, shape, waits, read if padded is x else None)
+        plain = partial(_waiting, placed, rest._replace(padding=tuple((pad, pad) for pad in inside)))
+        out = overlapped(op, x, weight, bias, placed, shape, plain, called if shares and x is rows else None)
     if out is None:
-        out = _waiting(placed, rest, x, weight, bias)
+        out = _waiting(placed, rest, rows, weight, bias)
     return out.squeeze(0) if unbatched else out
 
 

@@ -8,6 +8,7 @@ unpadded input, which is kept anyway, and the halo.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from credit_domain.engine.driver import Placed
-from credit_domain.engine.ranks import Domain
-from credit_domain.ops.conv.borders import Border, Borders
+from credit_domain.engine.ranks import Domain, constant
+from credit_domain.engine.row_op import ROW_OPS, footprint_for
+from credit_domain.ops.conv.borders import Border, Borders, Overlapping, borders_of
 from credit_domain.ops.conv.sharing import Reader, Shared, share, within
-from credit_halo.extend import debug, misfit, ops, plans
+from credit_halo.extend import debug, ops, plans
 
 Plain = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """The same convolution, of operations that torch differentiates any number of times."""
@@ -58,6 +60,7 @@ class Overlapped(NamedTuple):
         plain: What to differentiate where the gradient is to be differentiated again; None in compiled code, where it
             is not.
         shared: What to bring for other layers too, if that is to be done.
+        gradient: Whether a gradient of the input will be needed; None in compiled code, where the tensor says so.
     """
 
     borders: Borders
@@ -68,6 +71,7 @@ class Overlapped(NamedTuple):
     bare: Shape
     plain: Plain | None
     shared: Shared | None
+    gradient: bool | None = None
 
     @property
     def plan(self) -> str:
@@ -81,54 +85,55 @@ class Overlapped(NamedTuple):
         return within(self.shared.reach[rank], self.borders.reach[rank])
 
 
-def overlaps(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution of such tensors can run while its halo travels: subclasses have rules of their own."""
-    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    return plain and x.is_floating_point() and 0 not in x.shape
-
-
-def convolve(
+def overlapped(
+    op: Overlapping,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    borders: Borders,
     placed: Placed,
     shape: Shape,
     plain: Plain,
-    read: Tensor | None = None,
-) -> Tensor:
-    """Convolve this rank's part of a sharded tensor while its halo travels.
+    read: Tensor | None,
+) -> Tensor | None:
+    """Convolve this rank's part of a sharded tensor while its halo travels; None where that cannot be done.
 
     Args:
+        op: What the convolution does along the sharded dim.
         x: This rank's rows (B, C, ...), with the padding of other dims that torch's convolution does not do.
         weight: The whole kernel, the same on every rank; likewise ``bias``.
         bias: Bias, or None.
-        borders: What the halo reaches.
         placed: The convolution on this rank.
         shape: How one rank would convolve.
         plain: The same convolution, to differentiate where a gradient is to be differentiated again.
-        read: The tensor that the layer was called with, where ``x`` holds the same values in the same places; other
+        read: The tensor that the layer was called with, where ``x`` holds the same values in the same places and other
             layers that read it may share the exchange.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where another layer has brought the
         halo.
     """
-    dim, domain, layer = placed.dim, placed.domain, placed.call.layer
+    usual = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # subclasses have rules of their own
+    if placed.step.local or not usual or not x.is_floating_point() or 0 in x.shape:
+        return None
+    if torch.is_autocast_enabled(x.device.type):  # what travels and what is kept is converted too
+        x, weight, bias = _lower(x), _lower(weight), None if bias is None else _lower(bias)
+    kind, numbers, (dim, domain, label) = type(op).__name__, tuple(op), (placed.dim, placed.domain, placed.call.label)
+    if torch.compiler.is_compiling():
+        name = name_of(kind, numbers, placed.sizes, dim, tuple(domain), label, tuple(shape))
+        return torch.ops.credit_domain.convolve(x, weight, bias, name)[0] if name else None
+    borders = _borders(kind, numbers, placed.sizes, domain.rank)
+    if borders is None:
+        return None
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    found: Shared | Tensor | None = None
+    if read is not None and isinstance(placed.call.layer, int):
+        group = domain.process_group
+        assert group is not None
+        reader = Reader(placed.call.layer, borders.source, borders.edge, dim, x.dtype, gradient)
+        found = share(read, reader, borders, group, domain.rank)
+    given, shared = (found, None) if isinstance(found, Tensor) else (None, found)
     own, bare = shape.along(dim, borders.padding, borders.extra), shape.along(dim, 0, 0)
-    group = domain.process_group
-    assert group is not None
-    shared = None
-    if read is not None and isinstance(layer, int):
-        gradient = x.requires_grad and torch.is_grad_enabled()
-        reader = Reader(layer, borders.source, borders.edge, dim, x.dtype, gradient)
-        shared = share(read, reader, borders, group, domain.rank)
-    given = shared if isinstance(shared, Tensor) else None
-    shared = None if isinstance(shared, Tensor) else shared
-    how = Overlapped(borders, dim, domain, placed.call.label, own, bare, plain, shared)
-    if given is None:
-        plan = plans[how.plan]
-        ops.agree_on(x, dim % x.ndim, plan, group, how.label, misfit(x, plan, dim))
+    how = Overlapped(borders, dim, domain, label, own, bare, plain, shared, gradient)
     out = _Convolve.apply(x, weight, bias, given, how)  # type: ignore[no-untyped-call]
     if shared is not None:
         out, shared.halo = out
@@ -136,16 +141,39 @@ def convolve(
     return result
 
 
-def as_autocast_does(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Convert as autocast does before a convolution, so that what travels and what is kept is converted too."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    return _lower(x), _lower(weight), None if bias is None else _lower(bias)
-
-
 def _lower(x: Tensor) -> Tensor:
     wide = x.dtype == torch.float64 or not x.is_floating_point()
     return x if wide else x.to(torch.get_autocast_dtype(x.device.type))
+
+
+@lru_cache(maxsize=4096)
+def _borders(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int) -> Borders | None:
+    op: Overlapping = ROW_OPS[kind](*numbers)
+    return borders_of(op, footprint_for(type(op), numbers, sizes), rank)
+
+
+@constant
+def name_of(*what: Any) -> str:
+    """The name of a convolution that compiled code calls, from which :func:`named` makes it; empty if it must wait.
+
+    Args:
+        what: The kind and the numbers of the operation, the rows of each rank, the sharded dim, the domain, the label,
+            and how one rank would convolve: all as tuples of numbers and text.
+    """
+    name = repr(what)
+    return "" if named(name) is None else name
+
+
+@lru_cache(maxsize=4096)
+def named(name: str) -> Overlapped | None:
+    """The convolution of a name."""
+    kind, numbers, sizes, dim, domain, label, shape = ast.literal_eval(name)
+    where, how = Domain(*domain), Shape(*shape)
+    borders = _borders(kind, numbers, sizes, where.rank)
+    if borders is None:
+        return None
+    own, bare = how.along(dim, borders.padding, borders.extra), how.along(dim, 0, 0)
+    return Overlapped(borders, dim, where, label, own, bare, None, None)
 
 
 class _Convolve(torch.autograd.Function):
@@ -185,7 +213,10 @@ def forward(
         The output, the halo, and all that was brought.
     """
     dim = how.dim % x.ndim
-    flight = None if given is not None else ops.begin(x, dim, how.plan, how.domain.group, how.label)
+    gradient = x.requires_grad and torch.is_grad_enabled() if how.gradient is None else how.gradient
+    group, flight = how.domain.group, None
+    if given is None:
+        flight = ops.begin(x, dim, how.plan, group, how.label, gradient=gradient)
     brought = given
     try:
         out = torch.convolution(x, weight, bias, *how.own)

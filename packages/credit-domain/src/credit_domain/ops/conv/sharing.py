@@ -6,7 +6,8 @@ leader, brings the widest halo, and the others take their rows from it; backward
 halo on their way to the leader, which sends them home at once.
 
 What is remembered, and whether two tensors are the same, follows from what the program does, which is the same on every
-rank. A layer that finds nothing that fits brings its own halo.
+rank. A layer that finds nothing that fits brings its own halo. The converter tells layers that read alone, such as
+those behind one another in a Sequential, so that they do not look for others (:func:`tell_lone_readers`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from credit_domain._torch_private import version_of
@@ -163,3 +164,39 @@ def _plan(source: RowPartition, reach: Reach, rank: int, edge: EdgeRule) -> str:
     for (start, stop), (above, below) in zip(pairwise(source.offsets), reach, strict=True):
         needs.append((*range(start - above, start), *range(stop, stop + below)))
     return plan_rows(source, needs, rank=rank, edge=edge).key
+
+
+# What the converter sees
+
+
+def tell_lone_readers(model: nn.Module) -> None:
+    """Set ``may_share`` of each layer that has it: false where no other layer can be called with the same tensor.
+
+    What a Sequential is called with goes to its first child. What becomes of it, and what a module with code of its own
+    does with its tensors, is not known: any of its children may be called with any of them.
+    """
+    _readers(model)
+
+
+def _readers(module: nn.Module) -> set[nn.Module]:
+    """The layers that may be called with what a module is called with."""
+    if hasattr(type(module), "may_share"):
+        module.__dict__["may_share"] = False
+        return {module}
+    found = [_readers(child) for child in module.children()]
+    if type(module) is nn.Sequential:
+        behind = next((at for at, child in enumerate(module) if not isinstance(child, nn.Identity)), len(found))
+        readers, rest = set().union(*found[: behind + 1]), found[behind + 1 :]
+        for alone in rest:  # what comes before makes a new tensor
+            _tell(alone)
+        _tell(readers)
+        return readers
+    readers = set().union(*found)
+    _tell(readers)
+    return readers
+
+
+def _tell(readers: set[nn.Module]) -> None:
+    if len(readers) > 1:
+        for layer in readers:
+            layer.__dict__["may_share"] = True

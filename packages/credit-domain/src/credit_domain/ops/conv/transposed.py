@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.engine.driver import Call, Placed, batched, per_dim, place, without_rows
+from credit_domain.engine.driver import Call, Placed, is_unbatched, per_dim, place, without_rows
 from credit_domain.engine.footprint import Footprint, footprint_from
 from credit_domain.engine.ranks import domain_of, normal_dim
 from credit_domain.engine.row_op import row_op
 from credit_domain.engine.skips import follow
 from credit_domain.ops.conv.borders import Local, local_of_transposed
-from credit_domain.ops.conv.overlap import Shape
-from credit_domain.ops.conv.overlap_op import overlapped
+from credit_domain.ops.conv.overlap import Shape, overlapped
 from credit_halo import EdgeRule
 from credit_mesh import DomainParallelManager, RowPartition
 
@@ -173,20 +172,21 @@ def conv_transpose(
     dilation: Ints,
     call: Call,
     output_rows: int | None = None,
+    shares: bool = False,
 ) -> Tensor:
     """The transposed convolution of any number of spatial dims, also for layers.
 
-    ``output_rows`` gives the global output rows in place of the output padding of the sharded dim.
+    ``output_rows`` gives the global output rows in place of the output padding of the sharded dim; ``shares`` is that
+    of :func:`credit_domain.ops.conv.convolution.conv`.
     """
     strides, dilations = per_dim(stride, nd), per_dim(dilation, nd)
     pads, extras = per_dim(padding, nd), per_dim(output_padding, nd)
     dim, domain = normal_dim(call.dim, x.ndim, nd, call.label), domain_of(call.manager)
-    batched(x, nd, call.label)
+    unbatched = is_unbatched(x.shape, nd, call.label)
     at = dim + nd
     along = (weight.shape[2 + at], strides[at], pads[at], extras[at], dilations[at])
     op = TransposedConvolution(*along, -1 if output_rows is None else output_rows)
-    read, unbatched = x, x.ndim == nd + 1
-    x = x.unsqueeze(0) if unbatched else x
+    called, x = x, x.unsqueeze(0) if unbatched else x
     placed = place(op, x, call, dim, domain)
     if domain.size == 1:
         extra = (*extras[:at], op.output_padding_of(x.shape[dim]), *extras[at + 1 :])
@@ -195,7 +195,7 @@ def conv_transpose(
         follow(*placed.step.sizes, domain, call.label)
         shape = Shape(strides, pads, dilations, True, extras, groups)
         waits = partial(_waiting, placed, shape)
-        out = overlapped(op, x, weight, bias, placed, shape, waits, read)
+        out = overlapped(op, x, weight, bias, placed, shape, waits, called if shares else None)
         out = waits(x, weight, bias) if out is None else out
     assert out is not None
     return out.squeeze(0) if unbatched else out

@@ -29,7 +29,7 @@ class DomainParallelDropout(DomainParallelLayer):
     reason = "ranks drop different positions"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop elements; see :func:`credit_domain.ops.dropout.dropping`."""
+        """Drop elements; see :func:`credit_domain.functional.dropout`."""
         m = self.wrapped
         return dropout(x, m.p, m.training, m.inplace, manager=self.manager)
 

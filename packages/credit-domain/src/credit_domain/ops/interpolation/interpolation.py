@@ -21,7 +21,7 @@ from credit_domain.engine.driver import Call, place
 from credit_domain.engine.footprint import Footprint, footprint_from
 from credit_domain.engine.layer import DomainParallelLayer, Seen, known_layer
 from credit_domain.engine.ranks import constant, domain_of, new_layer, normal_dim
-from credit_domain.engine.row_op import row_op
+from credit_domain.engine.row_op import RowOp, row_op
 from credit_domain.ops.interpolation.taps import HALF, PICKS, Along, map_of
 from credit_domain.ops.interpolation.weighing import part_of, weigh
 from credit_halo import EdgeRule, HaloExchange
@@ -285,7 +285,7 @@ class DomainParallelUpsample(DomainParallelLayer):
     reason = "interpolates between rows"
 
     @classmethod
-    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> Resampling:
+    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> RowOp:
         """See the base class."""
         m: Any = module
         asked = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,31 +32,31 @@ class _Part(NamedTuple):
     passes: tuple[tuple[_Pass, ...], tuple[_Pass, ...]]
 
 
-_parts: dict[str, _Part] = {}
-"""Parts by key: operators that torch.compile traces can carry a string."""
-
-
 def part_of(along: Along, part: tuple[int, int, int, int]) -> str:
-    """The key of a map of ``rows`` input rows from ``start`` on to ``out`` output rows from ``first`` on."""
-    key = f"{tuple(along)} {part}"
-    if key not in _parts:
-        start, rows, first, out = part
-        the_map = map_of(along)
+    """The key of a map of ``rows`` input rows from ``start`` on to ``out`` output rows from ``first`` on.
 
-        def own(taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
-            mine = (taps.out >= first) & (taps.out < first + out)
-            return taps.out[mine] - first, taps.row[mine] - start, None if taps.weight is None else taps.weight[mine]
-
-        into, row, weight = own(the_map.taps)
-        back_from, back_into, back_weight = own(the_map.back)
-        _parts[key] = _Part(
-            (out, rows),
-            (
-                _passes(into, row, weight, out, along.device),
-                _passes(back_into, back_from, back_weight, rows, along.device),
-            ),
-        )
+    It says all that :func:`_part` makes of it: operators that torch.compile traces can carry a string.
+    """
+    key = repr((tuple(along._replace(dtype=str(along.dtype))), part))  # type: ignore[arg-type]
+    _part(key)
     return key
+
+
+@lru_cache(maxsize=1024)
+def _part(key: str) -> _Part:
+    numbers, (start, rows, first, out) = ast.literal_eval(key)
+    along = Along(*numbers)
+    along = along._replace(dtype=getattr(torch, str(along.dtype).removeprefix("torch.")))
+    the_map = map_of(along)
+
+    def own(taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
+        mine = (taps.out >= first) & (taps.out < first + out)
+        return taps.out[mine] - first, taps.row[mine] - start, None if taps.weight is None else taps.weight[mine]
+
+    into, row, weight = own(the_map.taps)
+    back_from, back_into, back_weight = own(the_map.back)
+    forward = _passes(into, row, weight, out, along.device)
+    return _Part((out, rows), (forward, _passes(back_into, back_from, back_weight, rows, along.device)))
 
 
 def _passes(out: Tensor, row: Tensor, weight: Tensor | None, rows_out: int, device: str) -> tuple[_Pass, ...]:
@@ -77,7 +79,7 @@ def _passes(out: Tensor, row: Tensor, weight: Tensor | None, rows_out: int, devi
 @torch.library.custom_op("credit_domain::weigh_rows", mutates_args=())
 def weigh(x: Tensor, dim: int, key: str, adjoint: bool) -> Tensor:
     """Rows summed as the part of a map says, or gradients as its adjoint does."""
-    part = _parts[key]
+    part = _part(key)
     rows, passes = part.rows[adjoint], part.passes[adjoint]
     last = memory_format(x) != torch.contiguous_format
     y = x.movedim(1, -1) if last else x
@@ -112,7 +114,7 @@ def _sum_rows(x: Tensor, rows: int, passes: tuple[_Pass, ...]) -> Tensor:
 
 @weigh.register_fake
 def _(x: Tensor, dim: int, key: str, adjoint: bool) -> Tensor:
-    return empty_rows(x, dim, _parts[key].rows[adjoint])
+    return empty_rows(x, dim, _part(key).rows[adjoint])
 
 
 def _weigh_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

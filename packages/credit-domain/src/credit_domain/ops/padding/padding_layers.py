@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from credit_domain.engine.layer import Decision, DomainParallelLayer, Seen, known_layer
+from credit_domain.engine.row_op import RowOp
 from credit_domain.ops.conv.conv_layers import DomainParallelConv2d
 from credit_domain.ops.conv.convolution import Geometry, geometry_of, padding_pairs
 from credit_domain.ops.padding.padding import Padding, pad_rows
@@ -41,7 +42,7 @@ class DomainParallelPad(DomainParallelLayer):
         return super().fate(module, shard_dim)
 
     @classmethod
-    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> Padding | None:
+    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> RowOp | None:
         """None where it pads no rows; see the base class."""
         m: Any = module
         rows = m.padding[-2 - 2 * dim :][:2]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.engine.driver import Call, Placed, batched, bring, per_dim, run, step_for, without_rows
+from credit_domain.engine.driver import Call, Placed, bring, is_unbatched, per_dim, run, step_for, without_rows
 from credit_domain.engine.footprint import Footprint, footprint_from
 from credit_domain.engine.ranks import Domain, constant, domain_of, normal_dim, sizes_of, sum_over
 from credit_domain.engine.row_op import RowOfEach, row_op
@@ -192,7 +192,7 @@ def adaptive_avg_pool(nd: int, x: Tensor, output_size: Size, call: Call) -> Tens
         return (sum_over(pool(total, 1)[0], domain) / sum(sizes)).to(dtype)
 
     check_floating(x, call)
-    batched(x, nd, call.label)
+    is_unbatched(x.shape, nd, call.label)
     dim, domain = normal_dim(call.dim, x.ndim, nd, call.label), domain_of(call.manager)
     wanted = per_dim(output_size, nd)[dim]
     if wanted != 1 or domain.size == 1:
@@ -215,7 +215,7 @@ def adaptive_max_pool(nd: int, x: Tensor, output_size: Size, return_indices: boo
         return out, index
 
     check_floating(x, call)
-    batched(x, nd, call.label)
+    is_unbatched(x.shape, nd, call.label)
     dim, domain = normal_dim(call.dim, x.ndim, nd, call.label), domain_of(call.manager)
     wanted = per_dim(output_size, nd)[dim]
     if wanted != 1 or domain.size == 1:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.engine.driver import Call, Placed, batched, per_dim, resized, run
+from credit_domain.engine.driver import Call, Placed, is_unbatched, per_dim, resized, run
 from credit_domain.engine.footprint import Footprint, window_rows, windows
 from credit_domain.engine.ranks import domain_of, normal_dim
 from credit_domain.engine.row_op import row_op
@@ -329,7 +329,7 @@ def max_pool(
             return outs[0], global_index(outs[1], rows, nd, dim, step.start, sum(placed.sizes))
         return outs
 
-    batched(x, nd, call.label)
+    is_unbatched(x.shape, nd, call.label)
     windows = Windows(kernel[at], strides[at], pads[at], dilations[at], ceil_mode)
     outs = run(MaxWindows(windows, lowest), x, call, nd, whole, part, span)
     return outs if return_indices else outs[0]
@@ -374,7 +374,7 @@ def avg_pool(
         return (out * scale).to(dtype)
 
     check_floating(x, call)
-    batched(x, nd, call.label)
+    is_unbatched(x.shape, nd, call.label)
     return run(Windows(kernel[at], strides[at], pads[at], 1, ceil_mode), x, call, nd, whole, part, kernel[at])
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from credit_domain import plan_domain_parallel
 from credit_domain.casts import cast_module
 from credit_mesh import RankLayout, RowPartition
-from credit_parallel._torch_private import allow_recompilations
+from credit_parallel._torch_private import compiled
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.data.forcings import Forcings
 from credit_parallel.app.data.opening import open_source
@@ -259,13 +259,13 @@ def compile_blocks(model: nn.Module, conf: Conf) -> None:
     """
     blocks = blocks_of(model, conf)
     outer = [block for name, block in blocks.items() if not any(name.startswith(f"{other}.") for other in blocks)]
-    allow_recompilations(8 * len(outer))
+    versions = 8 * len(outer)
     for block in outer:
         forward: Callable[..., Any] = block.forward
         if isinstance(forward, functools.partial):  # recomputed in the backward
-            block.forward = functools.partial(forward.func, torch.compile(forward.args[0], fullgraph=True))
+            block.forward = functools.partial(forward.func, compiled(forward.args[0], versions))
         else:
-            block.forward = torch.compile(forward, fullgraph=True)
+            block.forward = compiled(forward, versions)
     if not outer:
         model.compile()
 

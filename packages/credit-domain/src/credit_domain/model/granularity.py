@@ -13,7 +13,7 @@ from torch import nn
 import credit_domain.layers  # noqa: F401 - its layers are in the table
 from credit_domain.engine.layer import layer_for, record_of
 from credit_domain.engine.row_op import ratio_of
-from credit_domain.trace import LayerCall, trace
+from credit_domain.model.trace import LayerCall, trace
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def granularity_of(
 ) -> int:
     """Rows that the boundaries between ranks should be multiples of: the total stride, times declared windows.
 
-    Found by running the model for its shapes alone (:func:`credit_domain.trace.trace`). Where no shape of its input is
-    given, a plausible one is tried; where that fails too the answer is 1, and said so in the log.
+    Found by running the model for its shapes alone (:func:`credit_domain.model.trace.trace`). Where no shape of its
+    input is given, a plausible one is tried; where that fails too the answer is 1, and said so in the log.
 
     Args:
         model: The model, not yet converted.

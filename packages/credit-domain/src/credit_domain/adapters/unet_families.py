@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from credit_domain.adapters.adapter import Adapter, is_candidate, partition_at, prove
-from credit_domain.blocks.attention import attention, linear_attention
+from credit_domain.adapters.adapter import Adapter, ProvedAdapter, is_candidate, partition_at, prove
+from credit_domain.adapters.registry import register
+from credit_domain.blocks.attention import attention, linear_attention, over_tokens
 from credit_domain.engine.ranks import domain_of, normal_dim
+from credit_domain.model.trace import trace
 from credit_domain.ops.conv.conv_layers import DomainParallelPeriodicConv2d, padding_of
 from credit_domain.ops.interpolation.interpolation import resample
 from credit_domain.ops.padding.padding import pad
 from credit_domain.ops.rearranging import crop
-from credit_domain.trace import trace
 from credit_mesh import DomainParallelManager
 
 # Attention over all tokens
@@ -35,62 +35,38 @@ def is_token_attention(module: nn.Module) -> bool:
     return to_qkv.kernel_size == (1, 1) and to_qkv.out_channels % (3 * heads) == 0
 
 
-class DomainParallelTokenAttention(Adapter):
+class DomainParallelTokenAttention(ProvedAdapter):
     """Full or linear attention over all tokens of a grid, with the parameters of the module that it stands in for.
 
     The module has 1 x 1 convolutions ``to_qkv`` and ``to_out`` (or a sequence with further layers), ``heads``, and may
     have ``scale``, a ``norm`` of its input and ``mem_kv``, keys and values that are learned. Linear attention is
     ``softmax(q) * scale @ (softmax(k)^T @ v)``. Which of the two it is, a run on random numbers tells.
-
-    Args:
-        module: The module to stand in for.
-        shard_dim: The sharded dim of (B, C, H, W).
-
-    Raises:
-        ValueError: If the module computes neither.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        shard_dim: int = -2,
-        *,
-        manager: DomainParallelManager | None = None,
-        label: str | None = None,
-    ) -> None:
-        super().__init__(module, shard_dim, manager=manager, label=label)
-        self.__dict__["form"] = "full"
+    def _prove(self) -> None:
         inputs = [[(2, self.to_qkv.in_channels, 4, 5)]]
         prove(self, "full or linear attention over all tokens", inputs, ("linear", "full"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the tokens of all ranks; returns this rank's rows of (B, C, H, W).
 
-        Raises:
-            ValueError: As :func:`credit_domain.blocks.attention`.
-
-        Collectives:
-            Those of :func:`credit_domain.blocks.attention` or :func:`credit_domain.blocks.linear_attention`.
+        Errors and collectives are those of :func:`credit_domain.blocks.attention` or of
+        :func:`credit_domain.blocks.linear_attention`.
         """
         m: Any = self.wrapped
         at = normal_dim(self.shard_dim, x.ndim, 2, self.label)
         norm = getattr(m, "norm", None)
-        qkv = m.to_qkv(x if norm is None else norm(x)).movedim(at, 2)  # tokens are then in order, rank after rank
-        grid = qkv.shape[2:]
-        channels = qkv.shape[1] // (3 * m.heads)
-        qkv = qkv.reshape(x.shape[0], 3, m.heads, channels, grid.numel())
-        query, key, value = (part.mT for part in qkv.unbind(1))
-        memory = getattr(m, "mem_kv", None)
+        qkv = m.to_qkv(x if norm is None else norm(x))
+        result: Tensor = m.to_out(over_tokens(qkv, m.heads, at, self._attend))
+        return result
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        memory, scale = getattr(self.wrapped, "mem_kv", None), getattr(self.wrapped, "scale", None)
         if memory is not None:
             key, value = self._with_memory(key, value, memory)
-        scale = float(getattr(m, "scale", channels**-0.5))
         if self.form == "linear":
-            out = linear_attention(query, key, value, scale=scale, manager=self.manager, label=self.label)
-        else:
-            out = attention(query, key, value, scale=scale, **self.sharding)
-        out = out.mT.reshape(x.shape[0], m.heads * channels, *grid)
-        result: Tensor = m.to_out(out.movedim(2, at))
-        return result
+            return linear_attention(query, key, value, scale=scale, manager=self.manager, label=self.label)
+        return attention(query, key, value, scale=scale, **self.sharding)
 
     def _with_memory(self, key: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Learned keys and values before those of the first rank, where they count once; no rows of them elsewhere."""
@@ -99,6 +75,15 @@ class DomainParallelTokenAttention(Adapter):
         first = domain_of(self.manager).rank == 0
         keys, values = memory[:, None, :, : memory.shape[2] if first else 0].expand(-1, key.shape[0], -1, -1, -1)
         return torch.cat([keys, key], -2), torch.cat([values, value], -2)
+
+
+register(
+    is_token_attention,
+    DomainParallelTokenAttention,
+    name="Attention over all tokens",
+    matches="convolutions of one point `to_qkv`, `heads` and `to_out`",
+    notes="full or linear, (B, C, H, W); with learned keys and values `mem_kv`",
+)
 
 
 # Periodic convolutions
@@ -114,20 +99,21 @@ def is_periodic_conv(module: nn.Module) -> bool:
 
 
 def periodic_conv(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """A convolution whose longitude wraps around and whose rows reflect: :class:`DomainParallelPeriodicConv2d`.
-
-    Args:
-        module: The module to stand in for.
-        shard_dim: The sharded dim of (B, C, H, W).
-
-    Raises:
-        ValueError: If the module pads otherwise.
-    """
+    """A convolution whose longitude wraps around and whose rows reflect; a module that pads otherwise is refused."""
     layer = DomainParallelPeriodicConv2d(module, shard_dim, label=label)
     conv = layer.conv
     size = layer.padding + 3 + max(d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
     prove(layer, "a convolution with circular columns and reflected rows", [[(1, conv.in_channels, size, size + 1)]])
     return layer
+
+
+register(
+    is_periodic_conv,
+    periodic_conv,
+    name="Periodic convolution",
+    matches="an only child `conv` without padding, and a number `padding`",
+    notes="longitude wraps around, rows reflect",
+)
 
 
 # Decoders
@@ -141,30 +127,15 @@ def is_decoder_block(module: nn.Module) -> bool:
     return is_candidate(module, 2) and _first_conv(children["conv1"]) is not None
 
 
-class DomainParallelDecoderBlock(Adapter):
+class DomainParallelDecoderBlock(ProvedAdapter):
     """Rows and columns doubled, concatenated with those that skipped the levels below, and convolved twice.
 
     The module doubles by ``F.interpolate(x, scale_factor=2, mode=m.interpolation_mode)``, ``nearest`` where it has no
     such attribute; concatenates with ``skip`` and calls ``attention1``, unless ``skip`` is None; and calls ``conv1``,
     ``conv2`` and ``attention2``. Attention may be missing. Rows come out divided as those of ``skip``.
-
-    Args:
-        module: The module to stand in for.
-        shard_dim: The sharded dim of (B, C, H, W).
-
-    Raises:
-        ValueError: If the module computes something else.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        shard_dim: int = -2,
-        *,
-        manager: DomainParallelManager | None = None,
-        label: str | None = None,
-    ) -> None:
-        super().__init__(module, shard_dim, manager=manager, label=label)
+    def _prove(self) -> None:
         conv = _first_conv(self.conv1)
         channels = 0 if conv is None else conv.in_channels
         inputs: list[list[tuple[int, ...] | None]] = [[(2, channels, 6, 8), None]]
@@ -175,11 +146,7 @@ class DomainParallelDecoderBlock(Adapter):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Decode this rank's rows of (B, C, H, W); returns (B, C, 2 H, 2 W).
 
-        Raises:
-            ValueError: As :func:`credit_domain.functional.interpolate`.
-
-        Collectives:
-            Those of :func:`credit_domain.functional.interpolate` and of the layers within.
+        Errors and collectives are those of :func:`credit_domain.functional.interpolate` and of the layers within.
         """
         m: Any = self.wrapped
         target = None if skip is None else partition_at(self, skip, self.shard_dim, "skip")
@@ -196,6 +163,15 @@ def _first_conv(module: nn.Module) -> nn.Conv2d | None:
     return next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
 
 
+register(
+    is_decoder_block,
+    DomainParallelDecoderBlock,
+    name="Decoder of a UNet",
+    matches="`conv1`, `conv2`, perhaps `attention1` and `attention2`; takes a tensor and a skip",
+    notes="doubles rows and columns, and concatenates",
+)
+
+
 # Grids that the model pads
 
 
@@ -207,8 +183,7 @@ class DomainParallelPadded(Adapter):
     ``custom_converters={MyUNet: functools.partial(DomainParallelPadded, multiple=32)}``.
 
     Args:
-        module: The module to stand in for; its forward takes one tensor and returns one of as many rows and columns.
-        shard_dim: The sharded dim of (B, C, H, W).
+        module: The module; its forward takes one tensor and returns one of as many rows and columns.
         multiple: What rows and columns are padded to multiples of.
         mode: How: as in :func:`torch.nn.functional.pad`.
         both_sides: Whether half of it goes before the first row and column, rounded down, in place of all after the
@@ -250,12 +225,10 @@ class DomainParallelPadded(Adapter):
         """Pad, run the module, and crop; returns this rank's rows.
 
         Raises:
-            ValueError: On all ranks alike, if a rank's rows are no multiple after padding; and as
-                :func:`credit_domain.functional.pad`.
+            ValueError: On all ranks alike, if a rank's rows are no multiple after padding.
 
         Collectives:
-            Those of :func:`credit_domain.functional.pad`, of the layers within, and of
-            :func:`credit_domain.functional.crop`.
+            Those of :func:`credit_domain.functional.pad`, of the layers within, and of ``crop``.
         """
         dim = normal_dim(self.shard_dim, x.ndim, 2, self.label)
         given = partition_at(self, x, dim, "given")
@@ -295,11 +268,3 @@ def _first_size(module: nn.Module, shape: tuple[int, ...]) -> int:
             called.add(path)
     calls = trace(module, shape, lambda part: True)
     return next((call.input[-2] for call in calls if call.name in called), shape[-2])
-
-
-CONVERTERS: dict[Callable[[nn.Module], bool], Callable[..., nn.Module]] = {
-    is_token_attention: DomainParallelTokenAttention,
-    is_periodic_conv: periodic_conv,
-    is_decoder_block: DomainParallelDecoderBlock,
-}
-"""What modules of convolutional UNets are recognised by, and what makes the module that stands in for each."""

@@ -51,14 +51,21 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
         ghost = meta_copy(model)
     except Exception as error:  # a copy is made by the model's own code
         raise ValueError(f"{type(model).__name__} could not be copied: {type(error).__name__}: {error}") from error
-    args, kwargs = _arguments(inputs, ghost)
+    dtype = real_dtype_of(ghost)
+
+    def unreal(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_like(value, device="meta")
+        return torch.empty(tuple(value), dtype=dtype, device="meta") if is_shape(value) else value
+
+    args, kwargs = arguments_of(inputs, unreal)
     calls: list[LayerCall] = []
     running: list[str] = []
     for name, module in ghost.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.train(False)  # in training it asks for a GPU wherever there is a process group; shapes are the same
         module.register_forward_pre_hook(lambda module, args, name=name: running.append(name))
-        module.register_forward_hook(lambda module, args, output: _left(running))
+        module.register_forward_hook(lambda *_: running.__delitem__(-1))  # what it returned would be the result
         if watch(module):
             module.register_forward_hook(_listing(name, calls), with_kwargs=True)
     try:
@@ -72,10 +79,6 @@ def trace(model: nn.Module, inputs: Any, watch: Callable[[nn.Module], bool]) -> 
     return calls
 
 
-def _left(running: list[str]) -> None:
-    running.pop()
-
-
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of a model; weights that hooks computed, which torch does not copy, are computed anew."""
     computed = [v for part in model.modules() for v in vars(part).values() if isinstance(v, Tensor) and not v.is_leaf]
@@ -85,15 +88,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
 FIRST_CALL = "_tries_at_first_call"
 """The attribute by which the hook of a pending trial is known; see ``credit_domain.verification.trial``."""
 
-_ALONE = SimpleNamespace(
+LONE_MANAGER = SimpleNamespace(
     domain_parallel_size=1, domain_rank=0, is_first_domain_rank=True, is_last_domain_rank=True, partition=None
 )
+"""Stands for a manager where a model runs on one rank."""
 
 
 def managers_of(model: nn.Module) -> dict[int, Any]:
     """For a copy that runs on one rank: in place of each manager that its modules hold, one of a single rank."""
     held = (value for part in model.modules() for value in vars(part).values())
-    return {id(value): _ALONE for value in held if isinstance(value, DomainParallelManager)}
+    return {id(value): LONE_MANAGER for value in held if isinstance(value, DomainParallelManager)}
 
 
 def drop_trials(model: nn.Module) -> nn.Module:
@@ -132,19 +136,19 @@ def _listing(name: str, calls: list[LayerCall]) -> Any:
     return hook
 
 
-def _arguments(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    dtype = real_dtype_of(model)
-
-    def ghost(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty_like(value, device="meta")
-        return torch.empty(tuple(value), dtype=dtype, device="meta") if is_shape(value) else value
-
+def arguments_of(inputs: Any, made: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that ``inputs`` stands for (see :func:`trace`): each what ``made`` makes of what was given."""
     if isinstance(inputs, Mapping):
-        return (), {name: ghost(value) for name, value in inputs.items()}
-    if isinstance(inputs, Tensor) or is_shape(inputs):
-        return (ghost(inputs),), {}
-    return tuple(ghost(value) for value in inputs), {}
+        return (), {name: made(value) for name, value in inputs.items()}
+    listed = (inputs,) if isinstance(inputs, Tensor) or is_shape(inputs) else tuple(inputs)
+    return tuple(map(made, listed)), {}
+
+
+def rows_of(inputs: Any, shard_dim: int) -> int:
+    """Rows of the first of the inputs, or of arguments, that has three dims or more; 0 if none has."""
+    args, kwargs = arguments_of(inputs, lambda x: tuple(x.shape) if isinstance(x, Tensor) else x)
+    shapes = [shape for shape in (*args, *kwargs.values()) if is_shape(shape) and len(shape) >= 3]
+    return int(shapes[0][shard_dim]) if shapes else 0
 
 
 def is_shape(value: Any) -> bool:

@@ -34,12 +34,10 @@ def plain_names(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
     normalisation, or the padding and convolution of an embedding; the model lacks the given name and has the other one;
     the state dict lacks the other one; and no second name means the same.
 
-    Args:
-        model: The model, converted or plain, wrapped or not.
-        given: Names of the state dict.
+    The model may be converted or plain, wrapped or not.
 
     Returns:
-        The names to be changed, each with what the model calls it. Empty if there are none.
+        The names of the state dict that are to be changed, each with what the model calls it.
     """
     names = set(given)
     found = {name: match for name in names if isinstance(name, str) and (match := _CHILD.fullmatch(name))}
@@ -76,20 +74,12 @@ def _inside(module: nn.Module | None, child: str) -> Iterator[str]:
 
 
 def _is_branch(module: nn.Module | None) -> bool:
-    return (
-        isinstance(module, nn.Sequential)
-        and len(module) == 2
-        and isinstance(module[0], nn.ZeroPad2d)
-        and isinstance(module[1], nn.Conv2d)
-    )
+    kinds = [nn.ZeroPad2d, nn.Conv2d]
+    return isinstance(module, nn.Sequential) and len(module) == 2 and all(map(isinstance, module, kinds))
 
 
 def with_plain_names(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state dict under the names of the model; see :func:`plain_names`. One line of the log says what was changed.
-
-    Args:
-        model: The model, converted or plain, wrapped or not.
-        state: The state dict; it is not changed.
 
     Returns:
         The state dict itself where no name is changed, else a copy, with the same tensors.

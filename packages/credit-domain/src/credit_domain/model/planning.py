@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
 
-from credit_domain.convert import Converter, custom_matches, free_windows, refusals
 from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.layer import Seen, record_of
-from credit_domain.rules import decide
-from credit_domain.stride import granularity_of
-from credit_domain.trace import LayerCall, is_shape, trace
+from credit_domain.model.fates import Converter, fates_of
+from credit_domain.model.granularity import granularity_of
+from credit_domain.model.rules import decide
+from credit_domain.model.trace import LayerCall, rows_of, trace
 from credit_mesh import RowPartition
 
 
@@ -116,7 +116,7 @@ def plan_domain_parallel(
 
     Args:
         model: The plain model; it is not touched.
-        input_shape: Global shape of its input, or its arguments as :func:`credit_domain.trace.trace` takes them.
+        input_shape: Global shape of its input, or its arguments as :func:`credit_domain.model.trace.trace` takes them.
         ranks: Number of domain ranks.
         shard_dim: The sharded dim, negative.
         custom_converters: As for :func:`credit_domain.convert.convert_to_domain_parallel`; what they replace is left
@@ -129,16 +129,17 @@ def plan_domain_parallel(
         ValueError: If modules are refused; if the model cannot be run for its shapes; if the rows do not divide over
             the ranks; or if a layer cannot work on its rows: by name.
     """
-    problems = refusals(model, shard_dim, custom_converters, local)
-    if problems:
-        raise ValueError(problems)
-    skipped = custom_matches(model, custom_converters, local, shard_dim)
+    fates = fates_of(model, shard_dim, custom_converters, local)
+    fates.raise_refused()
     calls = trace(model, input_shape, lambda module: decide(module, shard_dim).wrap is not None)
-    calls = [call for call in calls if not any(_within(call.name, name) for name in skipped)]
+    calls = [call for call in calls if not any(_within(call.name, name) for name in fates.skipped)]
     if partition is None:
-        free = free_windows(model, custom_converters, shard_dim)
-        granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
-        partition = RowPartition.even(_global_rows(input_shape, shard_dim), ranks, granularity)
+        granularity = granularity_of(
+            model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=fates.free
+        )
+        if not (rows := rows_of(input_shape, shard_dim)):
+            raise ValueError("no input has rows to shard: expected a shape of three or more dims")
+        partition = RowPartition.even(rows, ranks, granularity)
     at = {partition.rows: partition}
     layers, notes = [], []
     for call in calls:
@@ -149,9 +150,8 @@ def plan_domain_parallel(
         if source is None:
             if rows == 1:
                 continue  # pooled over all rows: every rank has the result
-            source = (
-                RowPartition.even(rows, ranks) if rows >= ranks else RowPartition((rows, *[0] * (ranks - 1)), 1, True)
-            )
+            few = RowPartition((rows, *[0] * (ranks - 1)), 1, True)
+            source = few if rows < ranks else RowPartition.even(rows, ranks)
             notes.append(f"{call.name}: how its {rows} rows are divided is not known; an even division is shown")
         try:
             layer = _planned(call, source, shard_dim, partition)
@@ -166,7 +166,7 @@ def plan_domain_parallel(
                     "tensors that are added or concatenated must be divided alike"
                 )
             at[target.rows] = target
-    notes += [f"{name or 'the model'}: by a custom converter, or declared local; not planned" for name in skipped]
+    notes += [f"{name or 'the model'}: by a custom converter, or declared local; not planned" for name in fates.skipped]
     return DomainPlan(partition, tuple(layers), tuple(dict.fromkeys(notes)))
 
 
@@ -174,35 +174,17 @@ def _within(name: str, parent: str) -> bool:
     return name == parent or not parent or name.startswith(f"{parent}.")
 
 
-def _global_rows(inputs: Any, shard_dim: int) -> int:
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs] if is_shape(inputs) else list(inputs)
-    for value in values:
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value) if is_shape(value) else ()
-        if len(shape) >= 3:
-            return int(shape[shard_dim])
-    raise ValueError("no input has rows to shard: expected a shape of three or more dims")
-
-
 def _planned(call: LayerCall, source: RowPartition, shard_dim: int, declared: RowPartition) -> PlannedLayer:
     kind = type(call.module).__name__
     op = record_of(call.module, shard_dim, Seen(call.input, call.output, declared))
     if op is None:
-        reduces = "Norm" in kind or "Adaptive" in kind
-        return PlannedLayer(
-            call.name, kind, source.rows, source, None, (0, 0), 0, 0, 0, "reduction" if reduces else "none"
-        )
+        collective = "reduction" if "Norm" in kind or "Adaptive" in kind else "none"
+        return PlannedLayer(call.name, kind, source.rows, source, None, (0, 0), 0, 0, 0, collective)
     footprint = op.footprint(source)
-    row_bytes = call.dtype.itemsize
-    for dim, size in enumerate(call.input):
-        row_bytes *= size if dim != len(call.input) + shard_dim else 1
     before, after, sent_rows, messages = traffic(footprint)
+    row_bytes = call.dtype.itemsize * math.prod(call.input) // max(1, source.rows)
     return PlannedLayer(
-        name=call.name,
-        kind=kind,
-        rows=source.rows,
-        partition=source,
-        target=footprint.target,
-        halo=(before, after),
+        *(call.name, kind, source.rows, source, footprint.target, (before, after)),
         messages=max(messages, default=0),
         bytes=max(sent_rows, default=0) * row_bytes,
         total_bytes=sum(sent_rows) * row_bytes,
