@@ -36,12 +36,17 @@ class AveragedDataParallel(DistributedDataParallel):
     """DistributedDataParallel whose gradients ``credit_parallel.reducer.GradientReducer`` averages over ``group``.
 
     ``no_sync``, ``module`` and the names in its state dict are those of torch's class. Torch's own reducer gets a
-    single parameter, since it cannot be left without one, and is never started. Buffers are those of the first rank of
-    ``buffer_group``, unless an option of torch's class leaves them.
+    single parameter, since it cannot be left without one, and is never started. Buffers are those of the first rank, as
+    torch's options ask; with a ``buffer_group`` those of the first rank of that.
     """
 
     def __init__(
-        self, module: nn.Module, group: ProcessGroup, buffer_group: ProcessGroup, bucket_bytes: int, **options: Any
+        self,
+        module: nn.Module,
+        group: ProcessGroup,
+        buffer_group: ProcessGroup | None,
+        bucket_bytes: int,
+        **options: Any,
     ) -> None:
         names: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         plain = {name: p for name, p in names.items() if p.requires_grad and not isinstance(p, DTensor)}
@@ -55,8 +60,9 @@ class AveragedDataParallel(DistributedDataParallel):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward, after the broadcast of buffers where that is wanted."""
-        if self.will_sync_module_buffers():  # type: ignore[no-untyped-call]
-            broadcast_buffers(self.module, self._buffer_group)
+        apart = self._buffer_group is not None and self.require_forward_param_sync
+        if apart or self.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            broadcast_buffers(self.module, self._buffer_group or self.process_group)
         out = self.module(*inputs, **kwargs)
         # As in torch's class, a forward without a reduction after it leaves the buffers as they are.
         self.require_forward_param_sync = torch.is_grad_enabled() and bool(self.require_backward_grad_sync)
@@ -119,13 +125,16 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, *
     manager = manager_of(model)
     folds, group = covers_domain(dp_mesh, manager), dp_mesh.get_group()
     buffers, bucket_bytes = _known(options)
-    buffer_group = manager.data_parallel_group if folds else group
-    start_equal(model, [group], [buffer_group])
+    apart = manager.data_parallel_group if folds else None
+    start_equal(model, [group], [apart] if folds else None)
     parameters = _reducible(model)
     trained = [p for p in parameters.values() if p.requires_grad]
     wrapped = model
     if any(not isinstance(p, DTensor) for p in trained):
-        wrapped = AveragedDataParallel(model, group, buffer_group, bucket_bytes, **buffers)
+        wanted = apart if all(buffers.values()) else None
+        wrapped = AveragedDataParallel(
+            model, group, wanted, bucket_bytes, **({_SYNC_BUFFERS: False} if folds else buffers)
+        )
     elif parameters:
         GradientReducer(model, parameters, group, bucket_bytes)
     if not trained:
