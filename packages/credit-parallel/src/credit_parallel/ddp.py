@@ -126,7 +126,7 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, *
     folds, group = covers_domain(dp_mesh, manager), dp_mesh.get_group()
     buffers, bucket_bytes = _known(options)
     apart = manager.data_parallel_group if folds else None
-    start_equal(model, [group], [apart] if folds else None)
+    start_equal(model, [group], None if apart is None else [apart])
     parameters = _reducible(model)
     trained = [p for p in parameters.values() if p.requires_grad]
     wrapped = model
