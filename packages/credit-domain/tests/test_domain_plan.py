@@ -86,11 +86,11 @@ def test_unet():
 
 
 def test_a_thousand_ranks_in_seconds():
-    start = time.monotonic()
+    start = time.process_time()
     plan = plan_domain_parallel(UNet(), (1, 3, 4 * 1024, 64), 1024)
     assert plan.partition.ranks == 1024
     assert plan.layers[0].messages == 2
-    assert time.monotonic() - start < 60  # a few seconds; planning each rank's part would take many minutes
+    assert time.process_time() - start < 60  # a few seconds; planning each rank's part would take many minutes
 
 
 @pytest.mark.parametrize(

@@ -410,9 +410,9 @@ def test_arguments_that_do_not_fit(arguments, message):
 
 def test_a_thousand_ranks_take_seconds():
     model = UNet(70, 70, width=64, levels=3)
-    start = time.perf_counter()
+    start = time.process_time()
     plans = plan_layouts(model, input_shape=(1, 70, 721, 1440), world=1024, batch_size=64, gpu_memory=80 * 2**30)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert (plans.chosen.dp, plans.chosen.domain) == (64, 16)
 
 
