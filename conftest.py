@@ -20,6 +20,9 @@ from typing import Any
 import hypothesis
 import pytest
 
+# Programs that a test calls in its own process leave torch's threads as the test found them.
+os.environ.setdefault("CREDIT_HALO_SHARE_CORES", "0")
+
 # No deadline: a first example may start processes or load torch's operators.
 # The same examples in every run, here and in CI, and no data base of earlier failures.
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
@@ -30,8 +33,21 @@ hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, dat
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "ci")
 
 # The command line and its parts need more than torch, which is all that a closed GPU machine may have.
-MISSING = [package for package in ("numpy", "tqdm", "yaml") if find_spec(package) is None]
-PARTS = ("config", "data", "demo", "era5", "examples", "forecast", "plan", "plots", "training")
+MISSING = [package for package in ("numpy", "pydantic", "tqdm", "yaml") if find_spec(package) is None]
+PARTS = (
+    *(
+        "buffers",
+        "checkpoint_forged",
+        "checkpoint_owner",
+        "checkpoint_trust",
+        "complex",
+        "config",
+        "data",
+        "demo",
+        "era5",
+    ),
+    *("examples", "forecast", "launch", "missing_ranks", "plan", "plots", "reducer", "resuming", "training"),
+)
 collect_ignore_glob = [f"packages/credit-parallel/tests/test_parallel_{part}*.py" for part in PARTS] if MISSING else []
 
 # A rank that is a process need not spend a second or two on these.

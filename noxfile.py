@@ -136,7 +136,7 @@ def might_have_gpu() -> bool:
 
 @nox.session(allow_parallel=True)
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format, the direction of the layers, and the same ruff in pre-commit."""
+    """Ruff's rules and format, the layers and their faces, and the same ruff in pre-commit."""
     session.install("--quiet", *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")

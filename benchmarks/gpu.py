@@ -18,11 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.domain import Domain
-from credit_domain.footprint import convolution
-from credit_domain.functional.borders import borders_of_conv
-from credit_domain.functional.overlap import Shape, convolve
-from credit_halo import EdgeRule
+from credit_domain.engine.driver import Call, Placed, step_for
+from credit_domain.extend import Domain
+from credit_domain.ops.conv.borders import borders_of
+from credit_domain.ops.conv.convolution import Convolution
+from credit_domain.ops.conv.overlap import Shape, convolve
 from credit_halo.testing import run_processes
 from credit_mesh import RowPartition
 
@@ -38,15 +38,17 @@ def wrapped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def halo_convolution(rows: int, group: dist.ProcessGroup) -> Callable[..., Tensor]:
     """A 3x3 convolution whose halo comes from the other end of the same rows, in the group of a single rank."""
-    footprint = convolution(RowPartition((rows,)), 3, 1, (1, 1), 1, EdgeRule("circular"))
-    borders = borders_of_conv(footprint, 0, 3, 1, 1)
+    op, partition = Convolution(3, 1, 1, 1, 1, "circular"), RowPartition((rows,))
+    borders = borders_of(op, op.footprint(partition), 0)
     assert borders is not None
     assert len(borders.borders) == 2
+    step = step_for(op, partition.sizes, 0, "conv")
     domain = Domain(group.group_name, 0, 1, "")
+    placed = Placed(-2, domain, partition.sizes, step, Call(-2, partition, None, "halo convolution"))
     shape = Shape((1, 1), (0, 1), (1, 1), False, (0, 0), 1)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(x, weight, bias, borders, -2, domain, "halo convolution", shape, wrapped)
+        return convolve(x, weight, bias, borders, placed, shape, wrapped)
 
     return run
 

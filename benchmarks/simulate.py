@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from credit_domain import plan_domain_parallel
-from credit_domain.planning import DomainPlan
+from credit_domain import DomainPlan, plan_domain_parallel
 from credit_parallel.app.examples.unet import UNet
 
 

@@ -25,6 +25,16 @@ def test_no_two_modules_of_the_tests_share_a_name():
     assert not shared
 
 
+def test_no_two_files_of_the_packages_share_a_name():
+    # But for names of the reference, and what is one thing in each package. See "Words" in CONTRIBUTING.md.
+    alike = {"__init__", "__main__", "_torch_private", "_version", "extend"}
+    reference = {"collectives", "convert", "domain", "fsdp2", "halo_exchange", "layers", "manager", "mesh", "sharding"}
+    files = [path.stem for path in ROOT.glob("packages/*/src/**/*.py")]
+    assert len(files) > 150
+    shared = {name for name, count in Counter(files).items() if count > 1}
+    assert not shared - alike - reference
+
+
 def test_tests_of_the_repository_are_not_marked_slow():
     # The mark keeps a test out of the run of all packages together, which is the only one in which these run.
     marked = [p.name for p in ROOT.glob("tests/*.py") if re.search(r"^[^#]*\bpytest\.mark\.slow", p.read_text(), re.M)]

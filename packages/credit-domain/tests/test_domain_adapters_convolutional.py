@@ -29,14 +29,15 @@ from torch import nn
 
 import credit_domain.functional as DF
 from credit_domain import convert_to_domain_parallel, layers, plan_domain_parallel, verify_domain_parallel
-from credit_domain.adapters import cube, unet
-from credit_domain.adapters.base import Adapter
+from credit_domain.adapters import cube, known_families, unet
+from credit_domain.adapters.adapter import Adapter
 from credit_domain.blocks import FullAttention
 from credit_halo.testing import RankError
 from credit_mesh import RowPartition, get_domain_parallel_manager
 
 RANKS = pytest.mark.parametrize("ranks", [2, 3, 4])
-ALL = {**unet.CONVERTERS, **cube.CONVERTERS}
+HERE = (unet.__name__, cube.__name__)
+ALL = {family.match: family.converter for family in known_families() if family.match.__module__ in HERE}
 TIME = torch.tensor([3.0, 70.0])
 
 

@@ -45,7 +45,8 @@ from credit_domain.adapters.swin import (
     convert_shifted_attention,
     convert_swin_block,
 )
-from credit_domain.adapters.windows import _simulated, shares_of
+from credit_domain.adapters.window_proof import simulated
+from credit_domain.adapters.window_shares import shares_of
 from credit_domain.blocks import WindowAttention
 from credit_domain.layers import DomainParallelDropout
 from credit_halo.testing import run_threads
@@ -186,15 +187,15 @@ def test_windows_of_any_partition(data):
         shift = data.draw(st.integers(kind == "rolls first", window - 1), "shift")
         kinds = {"shifted": ShiftedWindowAttention, "rolls first": RollsFirst}
         layer = convert_shifted_attention(kinds[kind](4, window, shift))
-    given_settings, layout = layer.__dict__["_settings"], layer.__dict__["_layout"]
-    assert given_settings[1] == shift
-    assert given_settings[3] == {"rolls first": "roll pad"}.get(kind, "pad roll" if shift else "pad")
+    cutting = layer.__dict__["_cutting"]
+    assert cutting.shift == shift
+    assert cutting.padding == {"rolls first": "roll pad"}.get(kind, "pad roll" if shift else "pad")
     plain = layer.wrapped.double().eval()
     x = torch.randn(2, sum(sizes), 2 * window - 1, 4, dtype=torch.float64)
     with torch.no_grad():
-        expected = plain(x if layout[0] else x.movedim(-1, 1))
-        found = _simulated(plain, x, sizes, given_settings, layout, False)
-    torch.testing.assert_close(found, expected if layout[0] else expected.movedim(2, 1), rtol=0, atol=1e-12)
+        expected = plain(x if cutting.channels_last else x.movedim(-1, 1))
+        found = simulated(plain, x, sizes, cutting, False)
+    torch.testing.assert_close(found, expected if cutting.channels_last else expected.movedim(2, 1), rtol=0, atol=1e-12)
 
 
 def test_every_row_is_worked_on_once():

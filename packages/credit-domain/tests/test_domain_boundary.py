@@ -13,7 +13,7 @@ from domain_reference import randn, shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from credit_domain.functional import boundary
+from credit_domain.ops.padding import boundary
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

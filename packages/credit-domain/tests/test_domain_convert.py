@@ -23,7 +23,7 @@ from credit_domain.convert import (
     _needs_halo_conv_transpose3d,
     _replace_module,
 )
-from credit_domain.rules import decide
+from credit_domain.model.rules import decide
 
 MANAGER = SimpleNamespace(domain_parallel_size=2)
 

@@ -19,14 +19,14 @@ from domain_models import MultiKernelEmbedding, PeriodicConv2d, PeriodicResidual
 from domain_reference import randn, shard
 from torch import Tensor, nn
 
-import credit_domain.functional.overlap as overlap
+import credit_domain.ops.conv.overlap as overlap
 from credit_domain import convert_to_domain_parallel, initialize_domain_parallel
-from credit_domain.domain import Domain
-from credit_domain.footprint import convolution
-from credit_domain.functional.borders import borders_of_conv
-from credit_domain.functional.overlap import Shape, convolve
+from credit_domain.engine.driver import Call, Placed, step_for
+from credit_domain.engine.ranks import Domain
 from credit_domain.layers import DomainParallelPeriodicConv2d
-from credit_halo import EdgeRule
+from credit_domain.ops.conv.borders import borders_of
+from credit_domain.ops.conv.convolution import Convolution
+from credit_domain.ops.conv.overlap import Shape, convolve
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, get_domain_parallel_manager
 
@@ -144,15 +144,17 @@ def wrapping(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def own_neighbour(group: dist.ProcessGroup, ranks: int = 1, rows: int = 12) -> Callable[..., Tensor]:
     """A convolution that computes its interior, and its borders from a halo of the same rows."""
-    footprint = convolution(RowPartition((rows,) * ranks), 3, 1, (1, 1), 1, EdgeRule("circular"))
-    borders = borders_of_conv(footprint, 0, 3, 1, 1)
+    op, partition = Convolution(3, 1, 1, 1, 1, "circular"), RowPartition((rows,) * ranks)
+    borders = borders_of(op, op.footprint(partition), 0)
     assert borders is not None
     assert len(borders.borders) == 2
     shape = Shape((1, 1), (0, 1), (1, 1), False, (0, 0), 1)
+    step = step_for(op, partition.sizes, 0, "conv")
     domain = Domain(group.group_name, 0, ranks, "")
+    placed = Placed(-2, domain, partition.sizes, step, Call(-2, partition, None, "conv"))
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(x, weight, bias, borders, -2, domain, "conv", shape, wrapping)
+        return convolve(x, weight, bias, borders, placed, shape, wrapping)
 
     return run
 

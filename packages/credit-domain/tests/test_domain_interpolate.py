@@ -12,11 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from credit_domain import footprint
-from credit_domain.functional.interpolate import interpolate
-from credit_domain.layers.interpolate import DomainParallelInterpolate, DomainParallelUpsample
-from credit_domain.layers.pad import DomainParallelPad
-from credit_domain.layers.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
+from credit_domain.ops.interpolation.interpolation import (
+    DomainParallelInterpolate,
+    DomainParallelUpsample,
+    interpolate,
+    resampled_partition,
+)
+from credit_domain.ops.padding.padding_layers import DomainParallelPad
+from credit_domain.ops.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 
@@ -244,7 +247,7 @@ def test_what_no_layer_does():
 def test_who_owns_the_output(declared, source, rows, target):
     partition = RowPartition(source, allow_empty=True)
     model = None if declared is None else RowPartition(declared)
-    assert footprint.resampled_partition(partition, rows, model).sizes == target
+    assert resampled_partition(partition, rows, model).sizes == target
 
     def rank_main(rank):
         manager = initialize_domain_parallel(3, 3)
@@ -259,7 +262,7 @@ def test_who_owns_the_output(declared, source, rows, target):
 @given(partitions(), st.integers(1, 60), st.none() | st.integers(0, 5))
 def test_all_output_rows_have_an_owner(partition, rows, seed):
     model = None if seed is None else RowPartition(tuple(1 + (seed * r) % 7 for r in range(partition.ranks)))
-    out = footprint.resampled_partition(partition, rows, model)
+    out = resampled_partition(partition, rows, model)
     assert out.rows == rows
     assert out.ranks == partition.ranks
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from credit_domain.layers.interpolate import DomainParallelInterpolate
+from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate
 from credit_mesh import RowPartition
 
 MODES = {

@@ -26,7 +26,7 @@ from credit_domain.layers import (
     DomainParallelLayerNorm,
     DomainParallelRMSNorm,
 )
-from credit_domain.statistics import Normalization, combine, normalize
+from credit_domain.ops.norms.moments import Normalization, combine, normalize
 from credit_halo import ExchangeError
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import credit_domain.functional.overlap as overlap
-import credit_domain.functional.overlap_op as overlap_op
-from credit_domain import convert_to_domain_parallel, footprint
-from credit_domain.domain import domain_of
-from credit_domain.functional.borders import borders_of_conv, borders_of_transposed
+import credit_domain.ops.conv.overlap as overlap
+import credit_domain.ops.conv.overlap_op as overlap_op
+from credit_domain import convert_to_domain_parallel
+from credit_domain.engine.ranks import domain_of
 from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspose2d
-from credit_halo import EdgeRule, ops
+from credit_domain.ops.conv.borders import borders_of
+from credit_domain.ops.conv.convolution import Convolution
+from credit_domain.ops.conv.transposed import TransposedConvolution
+from credit_halo.extend import ops
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 
@@ -124,10 +126,9 @@ def test_any_convolution(data, partition, transposed):
     arguments = {"kernel_size": (kernel, 1), "stride": (stride, 1), "dilation": (dilation, 1), "padding": (padding, 0)}
     if transposed:
         arguments["output_padding"] = (draw(st.integers(0, stride - 1)), 0)
-        rows = footprint.transposed_rows(
-            partition.rows, kernel, stride, padding, arguments["output_padding"][0], dilation
-        )
-        assume(rows >= 1)
+        more = arguments["output_padding"][0]
+        op = TransposedConvolution(kernel, stride, padding, more, dilation)
+        assume(op.least_rows(partition.rows) + more >= 1)
         module, kind = nn.ConvTranspose2d(1, 1, **arguments).double(), transposed2d
     else:
         mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
@@ -142,11 +143,11 @@ def test_ranks_decide_alike(data, partition, transposed):
     kernel, stride, dilation, padding = (data.draw(st.integers(low, 4)) for low in (1, 1, 1, 0))
     try:
         if transposed:
-            plan = footprint.transposed_convolution(partition, kernel, stride, padding, 0, dilation)
-            found = [borders_of_transposed(plan, r, kernel, stride, dilation, padding) for r in range(partition.ranks)]
+            op = TransposedConvolution(kernel, stride, padding, 0, dilation)
         else:
-            plan = footprint.convolution(partition, kernel, stride, (padding, padding), dilation, EdgeRule("reflect"))
-            found = [borders_of_conv(plan, r, kernel, stride, dilation) for r in range(partition.ranks)]
+            op = Convolution(kernel, stride, padding, padding, dilation, "reflect")
+        plan = op.footprint(partition)
+        found = [borders_of(op, plan, rank) for rank in range(partition.ranks)]
     except ValueError:
         assume(False)
     assert len({borders is None for borders in found}) == 1
@@ -413,15 +414,16 @@ def test_compiled_convolutions(backend):
 
 
 def test_operators_pass_torchs_own_check():
-    plan = footprint.convolution(EVEN, 3, 1, (1, 1), 1, EdgeRule("zeros"))
+    op = Convolution(3, 1, 1, 1)
 
     def rank_main(rank, manager):
-        borders = borders_of_conv(plan, rank, 3, 1, 1)
         shape = overlap.Shape((1, 1), (0, 1), (1, 1), False, (0, 0), 1)
-        name = overlap_op.name_of(borders, -2, domain_of(manager), "conv", shape)
+        what = ("Convolution", tuple(op), EVEN.sizes, -2, tuple(domain_of(manager)), "conv", tuple(shape))
+        name = overlap.name_of(*what)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             x, grad = (randn(2, 4, 8, 6, seed=seed).contiguous(memory_format=memory_format) for seed in (0, 1))
             weight, bias = randn(4, 4, 3, 3), randn(4)
+            overlap.named.cache_clear()  # the name says all, however long ago it was worked out
             _, halo = overlap_op.convolve(x, weight, bias, name)
             checks = {"test_utils": ("test_schema", "test_faketensor")}
             torch.library.opcheck(overlap_op.convolve, (x, weight, bias, name), **checks)

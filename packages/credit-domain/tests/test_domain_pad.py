@@ -12,11 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from credit_domain.functional.pad import pad
-from credit_domain.functional.pixel import pixel_shuffle, pixel_unshuffle
-from credit_domain.layers.conv import DomainParallelConv2d
-from credit_domain.layers.pad import DomainParallelCrossEmbedBranch, DomainParallelPad
-from credit_domain.layers.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
+from credit_domain.ops.conv.conv_layers import DomainParallelConv2d
+from credit_domain.ops.padding.padding import pad
+from credit_domain.ops.padding.padding_layers import DomainParallelCrossEmbedBranch, DomainParallelPad
+from credit_domain.ops.pixel import (
+    DomainParallelPixelShuffle,
+    DomainParallelPixelUnshuffle,
+    pixel_shuffle,
+    pixel_unshuffle,
+)
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

@@ -13,10 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from credit_domain import footprint
-from credit_domain.functional import adaptive_pool as DA
-from credit_domain.functional import pool as DP
-from credit_domain.layers import pool as layers
+from credit_domain.ops.pooling import adaptive_pooling as DA
+from credit_domain.ops.pooling import pooling as DP
+from credit_domain.ops.pooling import pooling_layers as layers
+from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows, adaptive_window, runs_of
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 
@@ -232,10 +232,10 @@ def test_adaptive_max_pool(data, layout):
 
 @given(partitions(), st.integers(0, 40))
 def test_adaptive_rows_belong_to_the_owner_of_the_first_that_they_read(partition, rows):
-    plan = footprint.adaptive_pooling(partition, rows)
+    plan = AdaptiveWindows(rows).footprint(partition)
     assert plan.target.rows == rows
     for row in range(rows):
-        read = footprint.adaptive_window(row, partition.rows, rows)
+        read = adaptive_window(row, partition.rows, rows)
         assert read == range(math.floor(row * partition.rows / rows), math.ceil((row + 1) * partition.rows / rows))
         owner = partition.owner(read.start)
         assert row in plan.target.interval(owner)
@@ -250,7 +250,7 @@ def test_adaptive_windows_are_pooled_in_runs(rows, out, data):
     x = torch.arange(rows, dtype=torch.float64).square()[None]
     parts = [
         F.adaptive_avg_pool1d(x[:, first : first + count], into)
-        for first, count, into in footprint.adaptive_runs(start, stop, rows, out)
+        for first, count, into in runs_of(start, stop - start, rows, out)
     ]
     expected = F.adaptive_avg_pool1d(x, out)[:, start:stop]
     torch.testing.assert_close(torch.cat([*parts, x[:, :0]], 1), expected)

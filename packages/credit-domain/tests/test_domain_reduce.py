@@ -9,7 +9,9 @@ from domain_reference import randn, shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from credit_domain.functional import boundary, reduce, rows
+from credit_domain.ops import rearranging as rows
+from credit_domain.ops import reductions as reduce
+from credit_domain.ops.padding import boundary
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

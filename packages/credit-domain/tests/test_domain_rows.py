@@ -11,7 +11,7 @@ from domain_reference import randn, shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from credit_domain.functional import rows
+from credit_domain.ops import rearranging as rows
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 

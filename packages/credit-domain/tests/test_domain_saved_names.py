@@ -14,7 +14,7 @@ from torch import nn
 
 import credit_domain.layers as dl
 from credit_domain import convert_to_domain_parallel
-from credit_domain.saved_names import plain_names, with_plain_names
+from credit_domain.model.saved_names import plain_names, with_plain_names
 
 
 class Periodic(nn.Module):
@@ -70,7 +70,7 @@ def test_each_entry_of_a_converted_model_of_the_reference(convert, caplog):
     state = type(saved)((reference_name(name), value) for name, value in saved.items())
     state._metadata = saved._metadata
     given_names = list(state)
-    with caplog.at_level(logging.INFO, "credit_domain.saved_names"):
+    with caplog.at_level(logging.INFO, "credit_domain.model.saved_names"):
         if convert:
             target.load_state_dict(state)  # by the hook
         else:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import credit_domain
 from credit_domain.layers import DomainParallelConv2d, DomainParallelConvTranspose2d, DomainParallelCrossEmbedBranch
-from credit_halo import ops
+from credit_halo.extend import ops
 from credit_halo.testing import run_processes, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 
@@ -344,3 +344,38 @@ def test_nothing_is_kept_alive(backward):
         return [each() is not None for each in alive]
 
     assert run_threads(rank_main, 3) == [[False, False]] * 3
+
+
+class Branches(nn.Module):
+    """Code of its own, which may call any of its children with any tensor."""
+
+    def __init__(self, *children):
+        super().__init__()
+        self.parts = nn.ModuleList(children)
+
+    def forward(self, x):
+        return sum(part(x) for part in self.parts)
+
+
+def conv():
+    return nn.Conv2d(2, 2, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shares"),
+    [
+        (lambda: nn.Sequential(conv(), nn.ReLU(), conv()), [False, False]),
+        (lambda: Branches(conv()), [False]),
+        (lambda: Branches(conv(), conv()), [True, True]),
+        (lambda: nn.Sequential(conv(), Branches(conv(), nn.Sequential(conv(), conv()))), [False, True, True, False]),
+        (lambda: Branches(nn.Sequential(nn.Identity(), conv()), Branches(conv())), [True, True]),
+        (lambda: nn.Sequential(nn.Dropout(0.0), Branches(conv(), conv()), conv()), [True, True, False]),
+    ],
+)
+def test_the_converter_sees_who_reads_alone(make, shares):
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        model = convert_to_domain_parallel(make(), manager)
+        return [m.may_share for m in model.modules() if isinstance(m, credit_domain.layers.DomainParallelConv2d)]
+
+    assert run_threads(rank_main, 2) == [shares] * 2

@@ -11,7 +11,7 @@ from torch import nn
 
 from credit_domain import convert_to_domain_parallel
 from credit_domain.manager import initialize_domain_parallel
-from credit_domain.stride import stride_of
+from credit_domain.model.granularity import stride_of
 from credit_halo.testing import RankError, run_threads
 from credit_mesh import RowPartition
 

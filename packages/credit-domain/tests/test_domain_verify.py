@@ -43,6 +43,27 @@ def test_right_models_pass(model, shape, ranks):
     assert report.difference is None
 
 
+class ReadsADict(nn.Module):
+    """Takes tensors in a dict, and changes one of them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, fields):
+        return {"out": self.conv(fields["state"].mul_(2)) + fields["forcing"]}
+
+
+def test_tensors_in_containers_are_sharded_and_may_be_changed_in_place():
+    fields = {name: torch.randn(1, 2, 13, 4, dtype=torch.float64) for name in ("state", "forcing")}
+    before = fields["state"].clone()
+    report = verify_domain_parallel(ReadsADict(), (fields,))
+    assert report, str(report)
+    assert report.outputs.keys() == {"out"}
+    assert report.input_gradients.keys() == {"0.state", "0.forcing"}
+    assert torch.equal(fields["state"], before)
+
+
 class Around(nn.Module):
     """A model with something in the middle."""
 

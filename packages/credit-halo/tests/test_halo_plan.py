@@ -123,15 +123,15 @@ def test_plans_are_cached() -> None:
 
 def test_a_plan_for_1024_ranks_holds_only_its_own_part() -> None:
     partition = RowPartition.even(4 * 1024 + 1, 1024)
-    started = time.perf_counter()
+    started = time.process_time()
     plan = plan_halo(partition, 2, 3, rank=512, edge="circular")
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert [(m.peer, len(m.rows)) for m in plan.sends] == [(511, 3), (513, 2)]
     assert [(m.peer, len(m.rows)) for m in plan.recvs] == [(511, 2), (513, 3)]
-    started = time.perf_counter()
+    started = time.process_time()
     for rank in range(16):
         plan_halo(RowPartition.even(65, 16), 2, 3, rank=rank, edge="circular")
-    assert seconds < 50 * (time.perf_counter() - started) + 0.05, "not in proportion to all pairs of ranks"
+    assert seconds < 50 * (time.process_time() - started) + 0.05, "not in proportion to all pairs of ranks"
 
 
 def test_the_repr_says_what_moves() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_former_format import as_former, write_index
 from test_parallel_context import Net, conf_of, data, whole
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -32,10 +33,11 @@ from credit_parallel.checkpoint import (
     load_checkpoint,
     load_plain,
     save_checkpoint,
+    saved_tensors,
 )
 from credit_parallel.checkpoint import save as save_module
-from credit_parallel.checkpoint.owner import OWNER
-from credit_parallel.checkpoint.storage import RawReader, RawWriter
+from credit_parallel.checkpoint.folder_owner import OWNER
+from credit_parallel.checkpoint.rank_writer import RankWriter
 from credit_parallel.sampler import data_parallel_sampler
 
 SAMPLES = 4
@@ -213,10 +215,10 @@ def test_on_processes(curves, tmp_path):
 def test_every_rank_writes_its_share(tmp_path):
     on(("fsdp2", 2, 1, 2), run_threads, "adamw", 0, None, tmp_path, 1)
     step = latest(tmp_path)
-    sizes = [path.stat().st_size for path in sorted(step.glob("*.bin"))]
+    sizes = [path.stat().st_size for path in sorted(step.glob("*.safetensors"))]
     assert len(sizes) == 4
     assert max(sizes) < 0.5 * sum(sizes)
-    assert {path.suffix for path in step.iterdir()} == {".bin", ".json"}
+    assert {path.suffix for path in step.iterdir()} == {".safetensors", ".json"}
 
 
 def parts_read(rank, conf, source):
@@ -232,12 +234,14 @@ read: dict[int, list[int]] = {}
 def test_every_rank_reads_its_share(tmp_path, monkeypatch):
     """Of what one rank has written whole, too."""
 
-    def recorded(reader, plan, planner, read_data=RawReader.read_data):
-        read[dist.get_rank()] = [item.lengths.numel() for item in plan.items if "rng" not in item.dest_index.fqn]
-        return read_data(reader, plan, planner)
+    def recorded(tensor, start, lows, highs, box=saved_tensors._box):
+        part = box(tensor, start, lows, highs)
+        if dist.is_initialized():
+            read.setdefault(dist.get_rank(), []).append(part.numel() / 2)  # of the source, and of the target
+        return part
 
     on(None, run_threads, "adamw", 0, None, tmp_path, 1)
-    monkeypatch.setattr(RawReader, "read_data", recorded)
+    monkeypatch.setattr(saved_tensors, "_box", recorded)
     for own, total in run_threads(parts_read, 4, conf_of("fsdp2", 1, 2), tmp_path):
         assert own < 0.4 * total
 
@@ -455,10 +459,20 @@ def test_the_last_few_are_kept(tmp_path):
     assert load_at(tmp_path / "step-00000004") == 4
 
 
-def two(tmp_path):
+def two(tmp_path, form="safetensors"):
     for step in (1, 2):
         save_checkpoint(tmp_path, Counter(step), step=step)
+        if form == "former":
+            as_former(tmp_path / f"step-{step:08}")
     return tmp_path / "step-00000002"
+
+
+def file_of(step):
+    (name,) = json.loads((step / "manifest.json").read_bytes())["files"]
+    return step / name
+
+
+FORMATS = pytest.mark.parametrize("form", ["safetensors", "former"])
 
 
 def flip(path, at=100):
@@ -468,8 +482,8 @@ def flip(path, at=100):
 
 
 DAMAGES = {
-    "rank-00000.bin is missing": lambda step: (step / "rank-00000.bin").unlink(),
-    "rank-00000.bin has 100 of": lambda step: os.truncate(step / "rank-00000.bin", 100),
+    r"rank-00000\.\w+ is missing": lambda step: file_of(step).unlink(),
+    r"rank-00000\.\w+ has 100 of": lambda step: os.truncate(file_of(step), 100),
     "index.json is missing": lambda step: (step / "index.json").unlink(),
     "index.json is not what was saved": lambda step: flip(step / "index.json"),
     "manifest.json is missing": lambda step: (step / "manifest.json").unlink(),
@@ -477,30 +491,42 @@ DAMAGES = {
 }
 
 
+@FORMATS
 @pytest.mark.parametrize("message", DAMAGES)
-def test_what_is_damaged_is_refused_and_passed_over(message, tmp_path, caplog):
-    step = two(tmp_path)
+def test_what_is_damaged_is_refused_and_passed_over(message, form, tmp_path, caplog):
+    step = two(tmp_path, form)
     DAMAGES[message](step)
     model = Counter(-1)
     with pytest.raises(CheckpointError, match=f"step-00000002 .*{message}"):
         load_checkpoint(step, model)
     assert model.at.eq(-1).all()
     assert load_at(tmp_path) == 1
-    assert message in caplog.text
+    assert re.search(message, caplog.text)
     save_checkpoint(tmp_path, Counter(3), step=3, keep=1)
     assert steps_in(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_a_changed_byte(tmp_path):
-    step = two(tmp_path)
-    flip(step / "rank-00000.bin", 17)
-    with pytest.raises(CheckpointError, match="rank-00000.bin is not what was saved"):
+@FORMATS
+def test_a_changed_byte(form, tmp_path):
+    step = two(tmp_path, form)
+    flip(file_of(step), -17)
+    with pytest.raises(CheckpointError, match=r"rank-00000\.\w+ is not what was saved"):
         load_checkpoint(tmp_path, Counter())
     load_checkpoint(tmp_path, Counter(), verify=False)
 
 
-def test_a_folder_that_was_never_finished(tmp_path):
+def test_a_changed_header(tmp_path):
     step = two(tmp_path)
+    flip(file_of(step), 9)
+    for verify in (True, False):
+        with pytest.raises(CheckpointError, match="rank-00000.safetensors cannot be read for"):
+            load_checkpoint(step, Counter(), verify=verify)
+    assert load_at(tmp_path) == 1
+
+
+@FORMATS
+def test_a_folder_that_was_never_finished(form, tmp_path):
+    step = two(tmp_path, form)
     partial = step.rename(step.with_name(step.name + ".partial-0123abcd"))
     with pytest.raises(CheckpointError, match="its save did not end"):
         load_checkpoint(partial, Counter())
@@ -547,9 +573,9 @@ def on_one_rank_only(rank, folder):
     with pytest.raises(ValueError, match="on rank 2: extra.x is of type object"):
         save_checkpoint(folder, Counter(), step=3, extra={"x": object() if rank == 2 else 1})
     if rank == 0:
-        flip(folder / "step-00000002" / "rank-00000.bin")
+        flip(folder / "step-00000002" / "rank-00000.safetensors", -9)
     dist.barrier()
-    with pytest.raises(CheckpointError, match="rank-00000.bin is not what was saved"):
+    with pytest.raises(CheckpointError, match="rank-00000.safetensors is not what was saved"):
         load_checkpoint(folder, Counter())
 
 
@@ -582,7 +608,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["rank-00000.bin", "index.json", "manifest.json", ".metadata", "extra.pt"])
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "index.json", "manifest.json", ".metadata", "extra.pt"])
 @pytest.mark.parametrize("form", ["pickle", "torch"])
 def test_a_pickle_is_never_run(name, form, tmp_path):
     step, mark = two(tmp_path / "steps"), tmp_path / "ran"
@@ -613,26 +639,20 @@ def test_an_index_that_points_elsewhere(tmp_path):
     """Whoever wrote a checkpoint can write its checksums too."""
     step = two(tmp_path / "steps")
     index = json.loads((step / "index.json").read_bytes())
-    index["tensors"]["model/at"]["chunks"][0][2] = "../step-00000001/rank-00000.bin"
-    forge(step, index)
+    index["tensors"]["model/at"]["chunks"][0][2] = "../step-00000001/rank-00000.safetensors"
+    write_index(step, index)
     with pytest.raises(CheckpointError, match="names files that are no part of it"):
         load_checkpoint(step, Counter())
     index["tensors"]["model/at"]["chunks"] = []
-    forge(step, index)
+    write_index(step, index)
     with pytest.raises(CheckpointError, match="do not add up"):
         load_checkpoint(step, Counter())
-    index["tensors"]["model/at"].update(chunks=[[[0], [1000], "rank-00000.bin", 10**9]])
-    forge(step, index)
-    with pytest.raises(CheckpointError, match="lies at 1000000000 of rank-00000.bin"):
+    index["tensors"]["model/at"].update(
+        chunks=[[[0], [500], "rank-00000.safetensors"], [[500], [500], "rank-00000.safetensors"]]
+    )
+    write_index(step, index)
+    with pytest.raises(CheckpointError, match="chunks must be in a file each"):
         load_checkpoint(step, Counter())
-
-
-def forge(step, index):
-    content = json.dumps(index).encode()
-    (step / "index.json").write_bytes(content)
-    manifest = json.loads((step / "manifest.json").read_bytes())
-    manifest["index"] = hashlib.sha256(content).hexdigest()
-    (step / "manifest.json").write_text(json.dumps(manifest))
 
 
 # Asynchronous saves
@@ -653,13 +673,13 @@ def saved_while_training_goes_on(rank, folder, trained):
 
 
 def test_an_asynchronous_save_is_a_snapshot(tmp_path, monkeypatch):
-    write, trained = RawWriter.write, threading.Event()
+    write, trained = RankWriter.write, threading.Event()
 
     def late(writer):
         assert trained.wait(60)
         write(writer)
 
-    monkeypatch.setattr(RawWriter, "write", late)
+    monkeypatch.setattr(RankWriter, "write", late)
     run_threads(saved_while_training_goes_on, 4, tmp_path, trained)
 
 
@@ -678,14 +698,14 @@ def failing(rank, folder):
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_errors_of_asynchronous_saves_come_out(bad, tmp_path, monkeypatch, caplog):
-    write = RawWriter.write
+    write = RankWriter.write
 
     def fail(writer):
-        if writer.snapshot and writer.path.name == f"rank-{bad:05}.bin":
+        if writer.snapshot and writer.path.name == f"rank-{bad:05}.safetensors":
             raise OSError(28, "No space left on device")
         write(writer)
 
-    monkeypatch.setattr(RawWriter, "write", fail)
+    monkeypatch.setattr(RankWriter, "write", fail)
     monkeypatch.setattr(save_module, "PATIENCE", 1.0)
     run_threads(failing, 2, tmp_path)
     assert steps_in(tmp_path) == ["step-00000001", "step-00000004"]
@@ -712,14 +732,14 @@ def full_disk(rank, folder):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    write = RawWriter.write_data
+    write = RankWriter.write_data
 
     def fail(writer, plan, planner):
-        if writer.path.name == "rank-00001.bin":
+        if writer.path.name == "rank-00001.safetensors":
             raise OSError(28, "No space left on device")
         return write(writer, plan, planner)
 
-    monkeypatch.setattr(RawWriter, "write_data", fail)
+    monkeypatch.setattr(RankWriter, "write_data", fail)
     run_threads(full_disk, 2, tmp_path)
     assert steps_in(tmp_path) == []
 

@@ -19,7 +19,8 @@ from credit_halo.testing import run_processes, run_threads
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training.experiment import check
 from credit_parallel.app.training.loop import CHECKPOINTS, train
-from credit_parallel.checkpoint import latest, load_checkpoint, owner, release, save_checkpoint
+from credit_parallel.checkpoint import folder_owner as owner
+from credit_parallel.checkpoint import latest, load_checkpoint, release, save_checkpoint
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -109,7 +110,7 @@ def test_a_second_training_is_refused_at_its_start(tmp_path):
     (folder / "step-00000007").rename(tmp_path / "other")
     assert train(check(conf_of(tmp_path), 1), torch.device("cpu")).finished
     # The training has given it back, though its process is still there.
-    script = "import sys; from pathlib import Path; from credit_parallel.checkpoint import owner; "
+    script = "import sys; from pathlib import Path; from credit_parallel.checkpoint import folder_owner as owner; "
     script += "print(owner.claim(Path(sys.argv[1])))"
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parallel_checkpoint_forged import forge
+from parallel_former_format import as_former, write_index
 
 from credit_parallel.app.cli.main import main
 from credit_parallel.app.config import RunConfig
@@ -21,7 +21,7 @@ from credit_parallel.app.training.experiment import check
 from credit_parallel.app.training.loop import train
 from credit_parallel.app.trust import restricted
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.values import pack, unpack
+from credit_parallel.checkpoint.json_values import pack, unpack
 
 CONF = {
     "data": {"options": {"height": 6, "width": 8, "trajectories": 2, "times": 8}, "valid": [0.5, 1.0]},
@@ -47,10 +47,12 @@ class Other:
 """
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=["safetensors", "former"])
+def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     train(check(RunConfig.from_dict({**CONF, "folder": str(folder)}), 1), torch.device("cpu"))
+    if request.param == "former":
+        as_former(latest(folder / "checkpoints"))
     return folder
 
 
@@ -74,7 +76,7 @@ def changed(trained, tmp_path, change, key="config"):
     extra = unpack(index["values"]["extra"], str)
     extra[key] = change(extra[key]) or extra[key]
     index["values"]["extra"] = pack(extra, "extra", {})
-    forge(step, index)
+    write_index(step, index)
     return copy
 
 

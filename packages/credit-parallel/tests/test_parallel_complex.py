@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from credit_domain.casts import cast_module
 from credit_halo.testing import run_processes, run_threads
 from credit_parallel import apply_fsdp2, parallelize
-from credit_parallel.app.cli.verify import _fill_zeros
+from credit_parallel.app.cli.verify_command import _fill_zeros
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training import Reporter, check, train
 from credit_parallel.checkpoint import export_plain, load_plain

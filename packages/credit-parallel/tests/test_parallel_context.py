@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from credit_halo.testing import _threads, run_processes, run_threads
+from credit_halo.testing import ThreadGroup, run_processes, run_threads
+from credit_mesh import ParallelismConfig
 from credit_parallel import ParallelContext, parallelize
 
 HEIGHT, WIDTH, SAMPLES = 13, 6, 4
@@ -156,6 +160,25 @@ def test_float32(mode, dp, tensor, domain):
     compare(results, expected, 1e-4)
 
 
+@dataclass(frozen=True)
+class Trainer:
+    parallelism: ParallelismConfig
+    timeout: float = 30.0
+    activation_checkpoint: object = True
+
+
+def test_a_section_with_types_is_that_of_yaml():
+    config = ParallelismConfig("ddp", 1, 1)
+    context = parallelize(make(torch.float64), Trainer(config))
+    assert context.config is config
+    assert context.timeout == timedelta(seconds=30)
+    assert isinstance(context.model.mixers[0].forward, functools.partial)  # recomputed
+    with pytest.raises(ValueError, match="activation_checkpoint must be true or false; got 'no'"):
+        parallelize(make(torch.float64), Trainer(config, activation_checkpoint="no"))
+    with pytest.raises(ValueError, match=r"4 ranks or more"):
+        parallelize(make(torch.float64), Trainer(ParallelismConfig("ddp", 2, 2)))
+
+
 def test_latitude_weights_and_activation_checkpointing():
     weights = torch.linspace(0.2, 1.8, HEIGHT, dtype=torch.float64) ** 2
     expected = reference(torch.float64, "sgd", 5, weights)
@@ -187,13 +210,13 @@ def test_accumulation(mode):
 @pytest.mark.parametrize(("mode", "reduction"), [("ddp", "allreduce"), ("fsdp2", "reduce_scatter")])
 def test_accumulation_sends_no_gradients_before_the_last(mode, reduction, monkeypatch):
     sent: dict[int, int] = {0: 0, 1: 0}
-    original = getattr(_threads._ThreadGroup, reduction)
+    original = getattr(ThreadGroup, reduction)
 
     def counting(group, *args, **kwargs):
         sent[group._rank] += any(_numel(value) > 1 for value in args)  # a barrier sums a single number
         return original(group, *args, **kwargs)
 
-    monkeypatch.setattr(_threads._ThreadGroup, reduction, counting)
+    monkeypatch.setattr(ThreadGroup, reduction, counting)
 
     def rank_main(rank):
         context = parallelize(make(torch.float64), conf_of(mode, 1, 1), check_batches=0)

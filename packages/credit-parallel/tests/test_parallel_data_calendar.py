@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import calendar
-import dataclasses
 import re
 from datetime import datetime, timedelta
 
@@ -185,9 +184,8 @@ def experiment_of(source, path, forcings):
         "model": {"name": "unet", "width": 4, "levels": 1, "groups": 2},
         "trainer": {"steps": 1, "dtype": "float64", "device": "cpu"},
     }
-    experiment = prepare(check(RunConfig.from_dict(conf), 1, training=False), torch.device("cpu"))
     statistics = compute_statistics(source, range(len(source.labels)), 1, range(7), None)
-    return dataclasses.replace(experiment, statistics=statistics)
+    return prepare(check(RunConfig.from_dict(conf), 1, training=False), torch.device("cpu"), statistics)
 
 
 @pytest.mark.parametrize("suffix", [".nc", ".zarr"])

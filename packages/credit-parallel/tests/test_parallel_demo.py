@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from credit_parallel.app.cli import demo
+from credit_parallel.app.cli import demo_command
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training import check
 
@@ -23,9 +23,9 @@ def losses_of(folder, losses):
 def test_curves_that_part_are_a_failure(other, status, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     args = argparse.Namespace(ranks=4, domain=2, folder=str(tmp_path), steps=3)
-    checked = check(RunConfig.from_dict(demo._configuration(args)), 4)
+    checked = check(RunConfig.from_dict(demo_command._configuration(args)), 4)
     assert len(set(checked.partition.sizes)) == 2  # uneven rows
     several, one = losses_of(tmp_path / "a", [1.0, other, 0.25]), losses_of(tmp_path / "b", [1.0, 0.5, 0.25])
-    assert demo._compare(args, checked, tmp_path, several, one) == status
+    assert demo_command._compare(args, checked, tmp_path, several, one) == status
     assert ("the curves part" in capsys.readouterr().out) == bool(status)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("loss.png", "layout.png"))

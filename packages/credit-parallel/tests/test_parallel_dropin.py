@@ -660,7 +660,7 @@ CASES = [["fails.py"], ["wrong.py"], ["says.py"], ["nosuch.py"], ["-m", "fails"]
 # One process that imports torch; python itself ends each of the forked ones.
 DRIVER = """
 import json, os, sys
-from credit_parallel.dropin.run import main
+from credit_parallel.dropin.program import main
 
 for i, arguments in enumerate(json.loads(sys.argv[1])):
     child = os.fork()

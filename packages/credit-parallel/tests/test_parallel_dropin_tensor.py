@@ -294,7 +294,7 @@ def run_program(rank, file, conf, state):
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    log = logging.getLogger("credit_domain.saved_names")
+    log = logging.getLogger("credit_domain.model.saved_names")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     result = start(file)["train"](conf, state)
@@ -407,7 +407,7 @@ def test_a_plain_model_loads_what_a_converted_one_of_the_reference_saved(caplog)
     original = nn.Module.load_state_dict
     dropin.install()
     try:
-        with caplog.at_level(logging.INFO, "credit_domain.saved_names"):
+        with caplog.at_level(logging.INFO, "credit_domain.model.saved_names"):
             nn.ModuleDict({"module": model}).load_state_dict({f"module.{k}": v for k, v in saved.items()})
         with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"0.conv.other\""):
             model.load_state_dict({**saved, "0.conv.other": torch.ones(2)})

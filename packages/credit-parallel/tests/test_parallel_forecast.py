@@ -20,7 +20,7 @@ from torch import Tensor
 
 from credit_halo.testing import RankError, run_processes, run_threads
 from credit_mesh import Coords, RankLayout, RowPartition, initialize_domain_parallel
-from credit_parallel.app.cli.forecast import add_parser
+from credit_parallel.app.cli.forecast_command import add_parser
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.data.samples import Samples
 from credit_parallel.app.data.source import Channel, Grid
@@ -401,9 +401,8 @@ def experiment_of(parallelism: dict, source=None, **data) -> Experiment:
         generator = torch.Generator().manual_seed(0)
         for parameter in checked.model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    experiment = prepare(checked, torch.device("cpu"))
     statistics = Statistics(*torch.tensor([[5.0, 0.0], [12.0, 2e-5], [3.0, 5e-6]]).double())
-    return dataclasses.replace(experiment, statistics=statistics)
+    return prepare(checked, torch.device("cpu"), statistics)
 
 
 START = [2, 3, 4, 12, 5]  # in two trajectories of 9 times; the last is followed by the truth for one lead of 2
@@ -421,7 +420,7 @@ def forecast(rank: int, path: Path, parallelism: dict, steps: int = 2) -> dict:
 def test_forecasts_and_scores_by_hand(tmp_path):
     found = forecast(0, tmp_path / "f.nc", {}, 2)
     experiment, data = experiment_of({}), opened(tmp_path / "f.nc")
-    source, statistics = experiment.checked.source, experiment.known_statistics
+    source, statistics = experiment.checked.source, experiment.statistics
     assert found["starts"] == [source.labels[start] for start in START]
     assert found["lead_seconds"] == [12 * 3600, 24 * 3600]
     assert found["scored"] == [5, 4]  # no truth across the end of a trajectory

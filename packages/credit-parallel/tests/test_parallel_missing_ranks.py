@@ -20,7 +20,7 @@ from credit_parallel import parallelize
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.data.statistics import compute_statistics
 from credit_parallel.app.forecast import open_writer, run_forecast
-from credit_parallel.app.training.experiment import Experiment, check, prepare, statistics_of
+from credit_parallel.app.training.experiment import Experiment, check, prepare
 
 TIMEOUT = 3.0
 
@@ -103,8 +103,6 @@ def statistics(rank: int, how: str, folder: Path) -> None:
 
 def forecast(rank: int, how: str, folder: Path) -> None:
     made = experiment(folder)
-    known = statistics_of(made.checked, made.context, made.rows, folder / "run")
-    made = Experiment(made.checked, made.context, made.device, made.dtype, made.rows, known)
     run_forecast(made, [0, 1, 2], 1)
     with one_is_lost(rank, how, folder):
         run_forecast(made, [0, 1, 2], 1)

@@ -40,7 +40,7 @@ def test_new_values_hold_from_the_step_on(tmp_path, caplog):
     """What changed is listed once, and the schedule goes on on the new curve."""
     run(conf_of(tmp_path))
     with caplog.at_level(logging.WARNING):
-        run(conf_of(tmp_path, steps=5, lr=2e-2, weight_decay=0.3, betas=[0.8, 0.9], clip=0.1, keep=2))
+        run(conf_of(tmp_path, steps=5, lr=2e-2, weight_decay=0.3, betas=[0.8, 0.9], max_grad_norm=0.1, keep=2))
     (said,) = [record.getMessage() for record in caplog.records if "going on" in record.getMessage()]
     assert said.startswith("going on from step 2 with the new values")
     for text in (
@@ -48,7 +48,7 @@ def test_new_values_hold_from_the_step_on(tmp_path, caplog):
         "trainer.lr: 0.01 in the checkpoint, 0.02 now",
         "trainer.weight_decay: 0.01 in the checkpoint, 0.3 now",
         "trainer.betas: [0.9, 0.95] in the checkpoint, [0.8, 0.9] now",
-        "trainer.clip: 1.0 in the checkpoint, 0.1 now",
+        "trainer.max_grad_norm: 1.0 in the checkpoint, 0.1 now",
     ):
         assert text in said
     assert "keep" not in said
@@ -81,7 +81,7 @@ def test_an_unchanged_run_says_nothing_and_has_the_same_numbers(tmp_path, caplog
         later.rmdir()
     before = lines(whole)
     with caplog.at_level(logging.WARNING):
-        run(conf_of(whole, steps=4, checkpoint_every=1, accumulate=2))
+        run(conf_of(whole, steps=4, checkpoint_every=1, grad_accum_steps=2))
     assert not [record for record in caplog.records if record.name.startswith("credit_parallel")]
     for line, other in zip(before, lines(whole), strict=True):
         assert line["lr"] == other["lr"]
@@ -100,7 +100,7 @@ def test_changes_of_a_configuration():
     saved = RunConfig.from_dict(conf_of("a")).to_dict()
     now = RunConfig.from_dict(conf_of("b", parallelism={"domain": 2}, valid_every=3)).to_dict()
     assert changes(saved, now) == []
-    del saved["trainer"]["clip"]  # of a version that did not have it
+    del saved["trainer"]["max_grad_norm"]  # of a version that did not have it
     assert changes(saved, now) == []
     now["model"]["groups"] = 4
     del now["model"]["levels"]

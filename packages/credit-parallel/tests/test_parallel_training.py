@@ -90,7 +90,7 @@ def losses(folder):
 def alone(tmp_path_factory):
     """One rank, which nothing interrupts."""
     folder = tmp_path_factory.mktemp("alone")
-    assert run(conf_of(folder, accumulate=2, valid_every=3), 1) == (5, True)
+    assert run(conf_of(folder, grad_accum_steps=2, valid_every=3), 1) == (5, True)
     return folder
 
 
@@ -104,7 +104,10 @@ LAYOUTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallelism"), LAYOUTS, ids=str)
 def test_every_layout_has_the_losses_and_scores_of_one_rank(ranks, parallelism, alone, tmp_path):
-    assert run(conf_of(tmp_path, parallelism, accumulate=1 if ranks == 4 else 2, valid_every=3), ranks) == (5, True)
+    assert run(conf_of(tmp_path, parallelism, grad_accum_steps=1 if ranks == 4 else 2, valid_every=3), ranks) == (
+        5,
+        True,
+    )
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-9)
     norms, expected = ([line["grad_norm"] for line in logged(where)] for where in (tmp_path, alone))
     assert norms == pytest.approx(expected, rel=1e-9)
@@ -137,7 +140,7 @@ def test_it_learns(tmp_path):
 )
 def test_interrupted_and_resumed(first, then, alone, tmp_path):
     """In the middle of an epoch; on the same layout to the last bit."""
-    settings = {"accumulate": 2, "valid_every": 3}
+    settings = {"grad_accum_steps": 2, "valid_every": 3}
     reference = tmp_path / "whole"
     same = first == then
     if same and first[0] > 1:
@@ -206,7 +209,7 @@ def trained_compiled(rank, conf):
 @pytest.mark.slow
 def test_compiled(alone, tmp_path):
     """Blocks of several shapes, in training and in validation; each is traced as one graph."""
-    conf = conf_of(tmp_path, {"data": "ddp", "domain": 2}, accumulate=2, valid_every=3, compile=True)
+    conf = conf_of(tmp_path, {"data": "ddp", "domain": 2}, grad_accum_steps=2, valid_every=3, compile=True)
     assert run_processes(trained_compiled, 2, conf, timeout=900) == [5, 5]
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-9)
     scores = [logged(folder, "valid")[0]["rmse"]["u"] for folder in (tmp_path, alone)]

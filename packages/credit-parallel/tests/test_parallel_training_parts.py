@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training import check, prepare, rollout, train
-from credit_parallel.app.training.experiment import statistics_of
 from credit_parallel.app.training.log import FILE, read_metrics
 
 
@@ -28,8 +25,7 @@ def test_the_loss_is_weighted_by_latitude_and_by_typical_changes(tmp_path):
     conf = {"folder": str(tmp_path), "data": data, "model": {"width": 8}, "trainer": trainer}
     checked = check(RunConfig.from_dict(conf), 1)
     experiment = prepare(checked, torch.device("cpu"))
-    statistics = statistics_of(checked, experiment.context, experiment.rows, tmp_path)
-    samples = dataclasses.replace(experiment, statistics=statistics).samples(checked.train, 1)
+    statistics, samples = experiment.statistics, experiment.samples(checked.train, 1)
     fields = torch.stack([samples[i][0] for i in range(len(samples))])
     changes = (fields[:, 1] - fields[:, 0]) * (statistics.std / statistics.increment).view(-1, 1, 1)
     weights = torch.cos(torch.deg2rad(checked.source.grid.latitudes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -22,15 +24,16 @@ class PoolByHand(nn.Module):
         return y - y.mean((-2, -1), keepdim=True)
 
 
-def prepared(rank: int, trial: bool) -> str:
+def prepared(rank: int, trial: bool, folder: Path) -> str:
     trainer = {"steps": 1, "trial": trial, "parallelism": {"data": "none", "domain": 2}}
     options = {"height": 12, "width": 16}
-    config = {"data": {"options": options}, "model": {"name": f"{__name__}:PoolByHand"}, "trainer": trainer}
+    model = {"name": f"{__name__}:PoolByHand"}
+    config = {"folder": str(folder), "data": {"options": options}, "model": model, "trainer": trainer}
     experiment = prepare(check(RunConfig.from_dict(config), 2), torch.device("cpu"))
     return type(experiment.context.model).__name__
 
 
-def test_it_is_refused_before_the_first_step_unless_that_is_switched_off() -> None:
+def test_it_is_refused_before_the_first_step_unless_that_is_switched_off(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"the model itself \(PoolByHand\)"):
-        run_processes(prepared, 2, True)
-    assert run_processes(prepared, 2, False) == ["PoolByHand"] * 2
+        run_processes(prepared, 2, True, tmp_path)
+    assert run_processes(prepared, 2, False, tmp_path) == ["PoolByHand"] * 2

@@ -12,7 +12,7 @@ from credit_domain.convert import (
     convert_to_domain_parallel,
     validate_sharding_constraints,
 )
-from credit_domain.footprint import Footprint
+from credit_domain.engine.footprint import Footprint
 from credit_domain.halo_exchange import HaloExchange
 from credit_domain.layers import (
     DomainParallelAdaptiveAvgPool1d,
@@ -66,9 +66,9 @@ from credit_domain.manager import (
     get_domain_parallel_manager,
     initialize_domain_parallel,
 )
-from credit_domain.planning import DomainPlan, PlannedLayer, plan_domain_parallel
+from credit_domain.model.granularity import granularity_of
+from credit_domain.model.planning import DomainPlan, PlannedLayer, plan_domain_parallel
 from credit_domain.sharding import gather_tensor, shard_batch, shard_tensor
-from credit_domain.stride import granularity_of
 from credit_domain.verification import Difference, VerificationReport, verify_domain_parallel
 
 __all__ = [

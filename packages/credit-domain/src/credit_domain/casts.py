@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from credit_domain._torch_private import apply_to_tensors
 
+__all__ = ["cast_module", "cast_tensor", "complex_dtype", "real_dtype_of"]
+
 Module = TypeVar("Module", bound=nn.Module)
 
 _COMPLEX = {
@@ -37,31 +39,16 @@ def complex_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast_tensor(x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """A tensor in a real dtype, or the complex one that belongs to it; integers and bools keep theirs.
 
-    Args:
-        x: Any tensor.
-        dtype: A floating-point dtype.
-        device: Where to; None leaves it where it is.
-
-    Raises:
-        ValueError: If ``dtype`` is no floating-point dtype.
+    Errors are those of :func:`complex_dtype`; without a ``device`` it stays where it is.
     """
     own = complex_dtype(dtype)
     return x.to(device=device, dtype=dtype if x.is_floating_point() else own if x.is_complex() else x.dtype)
 
 
 def cast_module(module: Module, dtype: torch.dtype, device: torch.device | str | None = None) -> Module:
-    """Cast all parameters and buffers of a module in place, as :func:`cast_tensor` does.
+    """Cast all parameters and buffers of a module in place, as :func:`cast_tensor` does, and return the module.
 
-    Args:
-        module: The module; parameters stay the same objects, as with ``module.to``.
-        dtype: A floating-point dtype.
-        device: Where to; None leaves everything where it is.
-
-    Returns:
-        ``module``.
-
-    Raises:
-        ValueError: If ``dtype`` is no floating-point dtype.
+    Parameters stay the same objects, as with ``module.to``.
     """
     complex_dtype(dtype)
     apply_to_tensors(module, lambda x: cast_tensor(x, dtype, device))

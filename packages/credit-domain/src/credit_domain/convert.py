@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from credit_domain.layers.base import DomainParallelLayer
-from credit_domain.layers.interpolate import DomainParallelInterpolate
-from credit_domain.rules import Fate, decide, needs_halo
-from credit_domain.saved_names import rename_loaded
-from credit_domain.stride import granularity_of, window_sizes_of
+from credit_domain.engine.layer import Fate
+from credit_domain.model.fates import (
+    ConvertedModule,
+    Converter,
+    ConverterKey,
+    fates_of,
+    is_converted,
+    spatial_only,
+)
+from credit_domain.model.granularity import granularity_of, window_sizes_of
+from credit_domain.model.saved_names import rename_loaded
+from credit_domain.ops.conv.conv_layers import needs_halo
+from credit_domain.ops.conv.sharing import tell_lone_readers
 from credit_mesh import DomainParallelManager
 
+__all__ = [
+    "ConversionReport",
+    "ConvertedModule",
+    "Converter",
+    "ConverterKey",
+    "conversion_report",
+    "convert_to_domain_parallel",
+    "validate_sharding_constraints",
+]
+
 logger = logging.getLogger(__name__)
-
-ConverterKey = type[nn.Module] | str | Callable[[nn.Module], bool]
-"""What a custom converter is for: a type, a class path such as ``"package.module.Class"``, or a predicate."""
-
-Converter = Callable[..., nn.Module]
-"""Makes the module that stands in for another, which is its argument.
-
-One that has parameters ``shard_dim`` or ``label`` is told the sharded dim and the module's name. For one with an
-attribute ``visits_children`` that is true, as an :class:`credit_domain.adapters.base.Adapter` has, the children are
-converted as well.
-"""
-
-
-@dataclass(frozen=True)
-class ConvertedModule:
-    """One line of a :class:`ConversionReport`: a module, what became of it, and why."""
-
-    name: str
-    kind: str
-    fate: Fate
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -70,16 +65,6 @@ class ConversionReport:
             for module in self.of(fate):
                 lines.append(f"  {fate:9}  {module.name or '(model)'}: {module.kind}, {module.reason}")
         return "\n".join(lines)
-
-
-@dataclass
-class _Plan:
-    """What is to become of the modules, before any is changed."""
-
-    replace: dict[int, Callable[[str], nn.Module]] = field(default_factory=dict)
-    lines: list[ConvertedModule] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    names: dict[int, str] = field(default_factory=dict)
 
 
 def convert_to_domain_parallel(
@@ -113,14 +98,14 @@ def convert_to_domain_parallel(
         custom_converters: What to do with modules that no rule knows: a mapping from a type (subclasses too, unless
             they have an entry), a class path (``"package.module.Class"``) or a predicate on the module to a function
             that takes the module and returns its replacement (see ``Converter``). They come before all rules, and
-            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.base.Adapter`.
+            children of what they replace are skipped, but for those of an :class:`credit_domain.adapters.Adapter`.
             They also come before the known families.
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.
         input_shape: Global shape of the model's input, or its arguments (a tuple or a dict of shapes, tensors and other
             values), for the trial and for models whose total stride cannot be seen otherwise; see
-            :func:`credit_domain.stride.granularity_of`. A granularity that the manager has already is kept: the
-            boundaries become multiples of both.
+            :func:`credit_domain.model.granularity.granularity_of`. A granularity that the manager has already is kept:
+            the boundaries become multiples of both.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
         known: False leaves modules of the known families to the rules.
         check: False skips the trial. Code of your own that mixes rows then trains on wrong numbers without an error,
@@ -144,23 +129,22 @@ def convert_to_domain_parallel(
     if getattr(model, "_domain_parallel_report", None) is not None:
         logger.info("the model is converted already")
         return model
-    shard_dim = _negative(shard_dim)
+    shard_dim = spatial_only(shard_dim)
     if manager.domain_parallel_size == 1:
         return _finish(model, manager, ConversionReport(()))
-    plan = _plan(model, shard_dim, dict(custom_converters or {}), _Matcher(local), known)
-    if plan.refused:
-        raise ValueError(_refusal(plan.refused))
-    free = free_windows(model, custom_converters, shard_dim)
-    granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=free)
-    made = {key: make(plan.names[key]) for key, make in plan.replace.items()}  # any of which may still refuse
+    fates = fates_of(model, shard_dim, custom_converters, local, known)
+    fates.raise_refused()
+    granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=fates.free)
+    made = {key: make(fates.names[key]) for key, make in fates.replace.items()}  # any of which may still refuse
     before = getattr(manager, "granularity", 1)
     if hasattr(manager, "granularity"):
         granularity = _set_granularity(manager, granularity)
-    report = ConversionReport(tuple(plan.lines), granularity)
+    report = ConversionReport(tuple(fates.lines), granularity)
     trial = _trial_of(model, manager, shard_dim, report) if check else None
     originals = {id(made[id(module)]): module for module in model.modules() if id(module) in made}
     model = _apply(model, made)
     _settle(model, manager)
+    tell_lone_readers(model)
     if trial is not None:
         try:
             trial.begin(model, input_shape)
@@ -182,178 +166,6 @@ def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: Conversion
     return Trial.of(model, manager, shard_dim, {line.name: line.reason for line in report.modules})
 
 
-def _negative(shard_dim: int) -> int:
-    """A dim counted from the first is that of (B, C, H, W)."""
-    dim = shard_dim - 4 if shard_dim >= 0 else shard_dim
-    if not -3 <= dim <= -1:
-        raise ValueError(f"shard_dim must be a spatial dim: -2 (latitude), -1 or -3; got {shard_dim}")
-    return dim
-
-
-class _Matcher:
-    """Tells whether a module was meant: by type, class path, qualified name, predicate or identity."""
-
-    def __init__(self, keys: Iterable[Any]) -> None:
-        self.keys = list(keys)
-
-    def __call__(self, name: str, module: nn.Module) -> Any:
-        """The key that a module matches, the most specific type first; None if there is none."""
-        for key in self.keys:
-            if isinstance(key, nn.Module):
-                if key is module:
-                    return key
-            elif isinstance(key, str) and key in (name, type(module).__name__, _path(type(module))):
-                return key
-        for base in type(module).__mro__:
-            if base in self.keys:
-                return base
-        for key in self.keys:
-            if callable(key) and not isinstance(key, (type, nn.Module)) and key(module):
-                return key
-        return None
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-class _Chooser:
-    """Which converter is for a module: the caller's own come first, then the known families."""
-
-    def __init__(self, custom: Mapping[Any, Converter], shard_dim: int) -> None:
-        from credit_domain.adapters.registry import known_converters  # whose families are made of what is here
-
-        self._shard_dim = shard_dim
-        self._custom, self._known = dict(custom), dict(known_converters())
-        self._custom_key, self._known_key = _Matcher(self._custom), _Matcher(self._known)
-        self.mistaken: dict[int, str] = {}
-
-    def __call__(
-        self, name: str, module: nn.Module, known: bool = True
-    ) -> tuple[Converter, Callable[[str], nn.Module], str] | None:
-        """The converter, what makes the replacement, and why; None if the rules are to decide."""
-        kind = type(module).__name__
-        key = self._custom_key(name, module)
-        if key is not None:
-            converter = self._custom[key]
-            make = functools.partial(_call, converter, module, self._shard_dim)
-            return converter, lambda label: make(label or kind), "by a custom converter"
-        key = self._known_key(name, module) if known else None
-        if key is None or isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
-            return None
-        family: Any = self._known[key]
-        try:
-            made = _call(family, module, self._shard_dim, name or kind)
-        except ValueError as error:  # it has the parts of the family and does something else
-            self.mistaken[id(module)] = f"not converted as {family.name}: {error}"
-            logger.info("%s (%s): %s", name or "(model)", kind, self.mistaken[id(module)])
-            return None
-        return family, lambda label: made, f"as {family.name}"
-
-
-def _plan(model: nn.Module, shard_dim: int, custom: dict[Any, Converter], local: _Matcher, known: bool = True) -> _Plan:
-    plan, choose = _Plan(), _Chooser(custom, shard_dim)
-
-    def visit(name: str, module: nn.Module) -> None:
-        if id(module) in plan.names:
-            return
-        plan.names[id(module)] = name
-        kind = type(module).__name__
-        declared_local = local(name, module) is not None
-        chosen = choose(name, module, known=known and not declared_local)
-        if chosen is not None:
-            converter, plan.replace[id(module)], reason = chosen
-            plan.lines.append(ConvertedModule(name, kind, "converted", reason))
-            if _visits_children(converter):
-                visit_children(name, module)
-            return
-        if declared_local:
-            plan.lines.append(ConvertedModule(name, kind, "local", "declared local"))
-            return
-        if isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
-            plan.lines.append(ConvertedModule(name, kind, "converted", "was domain-parallel already"))
-            return
-        decision = decide(module, shard_dim)
-        reason = "; ".join(filter(None, (decision.reason, choose.mistaken.get(id(module)))))
-        plan.lines.append(ConvertedModule(name, kind, decision.fate, reason))
-        if decision.fate == "refused":
-            plan.refused.append(f"{name or '(the model itself)'} ({kind}): {reason}")
-            return
-        if decision.wrap is not None:
-            wrap = decision.wrap
-            plan.replace[id(module)] = lambda label: wrap(module, shard_dim, label=label or kind)
-            return  # what a layer of torch holds inside (parametrisations) acts on parameters
-        visit_children(name, module)
-
-    def visit_children(name: str, module: nn.Module) -> None:
-        for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child)
-
-    visit("", model)
-    return plan
-
-
-def _visits_children(converter: Converter) -> bool:
-    made_by = _maker(converter)
-    return bool(getattr(made_by.func if isinstance(made_by, functools.partial) else made_by, "visits_children", False))
-
-
-def _maker(converter: Converter) -> Converter:
-    """What a registered family converts by; any other converter itself."""
-    maker: Converter = getattr(converter, "converter", converter)
-    return maker
-
-
-def _call(converter: Converter, module: nn.Module, shard_dim: int, label: str) -> nn.Module:
-    """What a custom converter makes of a module."""
-    try:
-        known = inspect.signature(_maker(converter)).parameters
-    except (TypeError, ValueError):  # some callables written in C
-        return converter(module)
-    given = {name: value for name, value in (("shard_dim", shard_dim), ("label", label)) if name in known}
-    return _maker(converter)(module, **given)
-
-
-def refusals(
-    model: nn.Module, shard_dim: int, custom_converters: Mapping[Any, Converter] | None, local: Iterable[Any]
-) -> str:
-    """What :func:`convert_to_domain_parallel` would refuse, as its message; empty if nothing."""
-    plan = _plan(model, _negative(shard_dim), dict(custom_converters or {}), _Matcher(local))
-    return _refusal(plan.refused) if plan.refused else ""
-
-
-def custom_matches(
-    model: nn.Module, custom_converters: Mapping[Any, Converter] | None, local: Iterable[Any], shard_dim: int = -2
-) -> list[str]:
-    """Names of the modules that a converter replaces, with their children, or that are declared local."""
-    choose, is_local, names = _Chooser(custom_converters or {}, shard_dim), _Matcher(local), []
-    for name, module in model.named_modules():
-        declared_local = is_local(name, module) is not None
-        chosen = choose(name, module, known=not declared_local)
-        if declared_local if chosen is None else not _visits_children(chosen[0]):
-            names.append(name)
-    return names
-
-
-def free_windows(model: nn.Module, custom_converters: Mapping[Any, Converter] | None, shard_dim: int = -2) -> list[str]:
-    """Names of the modules whose windows may begin anywhere once they are converted."""
-    choose, names = _Chooser(custom_converters or {}, shard_dim), []
-    for name, module in model.named_modules():
-        chosen = choose(name, module)
-        if chosen is not None and getattr(chosen[0], "any_rows", False):
-            names.append(name)
-    return names
-
-
-def _refusal(refused: Sequence[str]) -> str:
-    listed = "\n  ".join(refused)
-    return (
-        f"{len(refused)} modules may mix rows of different ranks and have no rule:\n  {listed}\n"
-        "For each, pass a replacement in custom_converters={Type: function}, or, if it mixes no rows, name it in "
-        "local=[...]. Nothing was changed."
-    )
-
-
 def _apply(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
     """Put every replacement wherever the module that it replaces stands."""
     for module in list(model.modules()):
@@ -364,17 +176,7 @@ def _apply(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_module: nn.Module) -> None:
-    """Replace a child module in the parent.
-
-    Args:
-        parent: The module that has the child.
-        name: Name of the child.
-        old_module: The child.
-        new_module: What takes its place, in the same position.
-
-    Raises:
-        ValueError: If the parent has another module of that name.
-    """
+    """Put a module in the place of a child of that name."""
     if parent._modules.get(name) is not old_module:
         raise ValueError(f"{type(parent).__name__} has no child {name!r} that is the module to be replaced")
     parent._modules[name] = new_module
@@ -383,7 +185,7 @@ def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_mod
 def _settle(model: nn.Module, manager: Any) -> None:
     """Tell what custom converters made whose manager is theirs, and what they are called."""
     for name, module in model.named_modules():
-        if isinstance(module, (DomainParallelLayer, DomainParallelInterpolate)):
+        if is_converted(module):
             if module.manager is None and isinstance(manager, DomainParallelManager):
                 module.__dict__["manager"] = manager
             if module.label == type(module).__name__ and name:
@@ -420,24 +222,8 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return report
 
 
-def _needs_halo_conv2d(conv: nn.Conv2d) -> bool:
-    """Check if a Conv2d needs rows of other ranks along H."""
-    return needs_halo(conv)
-
-
-def _needs_halo_conv3d(conv: nn.Conv3d) -> bool:
-    """Check if a Conv3d needs rows of other ranks along H."""
-    return needs_halo(conv)
-
-
-def _needs_halo_conv_transpose2d(conv: nn.ConvTranspose2d) -> bool:
-    """Check if a ConvTranspose2d needs rows of other ranks along H, or drops or adds any at the edges."""
-    return needs_halo(conv)
-
-
-def _needs_halo_conv_transpose3d(conv: nn.ConvTranspose3d) -> bool:
-    """Check if a ConvTranspose3d needs rows of other ranks along H, or drops or adds any at the edges."""
-    return needs_halo(conv)
+# The names that programs know it by.
+_needs_halo_conv2d = _needs_halo_conv3d = _needs_halo_conv_transpose2d = _needs_halo_conv_transpose3d = needs_halo
 
 
 def validate_sharding_constraints(

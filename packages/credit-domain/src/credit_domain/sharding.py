@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from credit_domain.domain import domain_of, normal_dim, sizes_of
-from credit_domain.functional.rows import regroup
-from credit_halo.rows import memory_format
+from credit_domain.containers import mapped, tensors_in
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of
+from credit_domain.ops.rearranging import regroup
+from credit_halo.extend import memory_format
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
+
+__all__ = [
+    "gather_tensor",
+    "shard_batch",
+    "shard_tensor",
+]
 
 _T = TypeVar("_T")
 
@@ -119,28 +123,25 @@ def shard_batch(
         None.
     """
     manager = get_domain_parallel_manager() if manager is None else manager
-    tensors: list[tuple[str, Tensor]] = []
-
-    def note(path: str, x: Tensor) -> Tensor:
-        tensors.append((path, x))
-        return x
-
-    copied: _T = _mapped(batch, "", note)
+    tensors = list(tensors_in(batch))
     named = {} if dims is None else dims
     along = _dims_to_shard(tensors, {5: spatial_dims_5d, 4: spatial_dims_4d}, named)
     spatial = [(path, x, dim) for (path, x), dim in zip(tensors, along, strict=True) if dim is not None]
     rows = _height(spatial, manager, height, named) if manager is not None else None
     if manager is None or rows is None:
+        copied: _T = mapped(batch, lambda path, x: x)
         return copied
     partition, rank = _declared(manager, rows, "shard_batch"), manager.domain_rank
     shards: dict[tuple[int, int], Tensor] = {}  # a tensor that the batch holds twice is divided once
     for _, x, dim in spatial:
         if x.shape[dim] == rows and (id(x), dim) not in shards:
             shards[id(x), dim] = _own_rows(x, dim, partition, rank)
-    parts = iter(
-        [x if dim is None else shards.get((id(x), dim), x) for (_, x), dim in zip(tensors, along, strict=True)]
-    )
-    result: _T = _mapped(batch, "", lambda path, x: next(parts))
+    parts = [x if dim is None else shards.get((id(x), dim), x) for (_, x), dim in zip(tensors, along, strict=True)]
+    left = iter(parts)
+    try:
+        result: _T = mapped(batch, lambda path, x: next(left))
+    except ValueError as error:
+        raise ValueError(f"shard_batch: {error}") from None
     return result
 
 
@@ -211,67 +212,3 @@ def _height(
                 f"{x.shape[dim]} rows; the height of the batch is {height}"
             )
     return height
-
-
-# Containers
-
-
-def _mapped(value: Any, path: str, leaf: Callable[[str, Tensor], Tensor]) -> Any:
-    """A copy of nested containers, with each tensor replaced by what ``leaf`` makes of its name and itself.
-
-    Dicts and lists are new; of other containers those that hold what was replaced.
-    """
-    if isinstance(value, Tensor):
-        return leaf(path, value)
-    names = _names(value, path)
-    if names is None:
-        return value
-    items = {key: (item, _mapped(item, name, leaf)) for key, (name, item) in names.items()}
-    changed = {key: new for key, (old, new) in items.items() if new is not old}
-    if not changed and not isinstance(value, (dict, list)):
-        return value
-    if _is_tensordict(value):
-        return _with_entries(value, changed, path)
-    if isinstance(value, tuple):
-        every = [new for _, new in items.values()]
-        return value._make(every) if hasattr(value, "_make") else type(value)(every)
-    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
-        return type(value)({key: new for key, (_, new) in items.items()})  # type: ignore[call-arg]
-    copied = copy.copy(value)
-    for key, new in changed.items():
-        if isinstance(value, (Mapping, MutableSequence)):
-            copied[key] = new
-        else:
-            object.__setattr__(copied, key, new)  # of a frozen dataclass too
-    return copied
-
-
-def _names(value: Any, path: str) -> dict[Any, tuple[str, Any]] | None:
-    """What a container holds, by key, with the name of each; None of anything else."""
-    dotted = f"{path}." if path else ""
-    if isinstance(value, Mapping) or _is_tensordict(value):
-        return {key: (f"{dotted}{key}", item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {i: (dotted + name, item) for i, (name, item) in enumerate(zip(value._fields, value, strict=True))}
-    if isinstance(value, (tuple, MutableSequence)) and not isinstance(value, bytearray):
-        return {i: (f"{path}[{i}]", item) for i, item in enumerate(value)}
-    if is_dataclass(value) and not isinstance(value, type):
-        present = [field.name for field in fields(value) if hasattr(value, field.name)]
-        return {name: (dotted + name, getattr(value, name)) for name in present}
-    return None
-
-
-def _is_tensordict(value: Any) -> bool:
-    """Whether this is one of the package tensordict, which is asked only where somebody else has imported it."""
-    package = sys.modules.get("tensordict")
-    return package is not None and package.is_tensor_collection(value) and not package.is_non_tensor(value)
-
-
-def _with_entries(value: Any, changed: dict[str, Any], path: str) -> Any:
-    new = value.clone(recurse=False)
-    for key, item in changed.items():
-        try:
-            new.set(key, item)
-        except RuntimeError as error:
-            raise ValueError(f"shard_batch: the rows of {path}.{key} are one of its batch dims: {error}") from None
-    return new

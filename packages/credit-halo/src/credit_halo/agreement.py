@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from credit_halo._gloo_threads import wait_their_turn
+from credit_halo.bounded import Bounded
 from credit_halo.faults import break_group, refuse_broken
+from credit_halo.process_wide import batch_gloo_threads
 from credit_halo.roll_call import answer_roll_calls
 
-_agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
+AGREED = 1 << 14
+"""How many things a group remembers that its ranks agreed on; all ranks forget the same."""
+
+_agreed: WeakKeyDictionary[ProcessGroup, Bounded[Hashable, None]] = WeakKeyDictionary()
 
 
 def has_agreed(group: ProcessGroup, key: Hashable) -> bool:
@@ -58,7 +62,7 @@ def agree(
     """
     if problem is None and has_agreed(group, key):
         return None
-    wait_their_turn(group)
+    batch_gloo_threads(group)
     answer_roll_calls()
     refuse_broken(group, what)
     said = describe()
@@ -81,7 +85,7 @@ def agree(
     if not same:
         raise ValueError(_difference(what, texts))
     if key is not None:
-        _agreed.setdefault(group, set()).add(key)
+        _agreed.setdefault(group, Bounded(AGREED))[key] = None
     return [number[2] for number in numbers]
 
 

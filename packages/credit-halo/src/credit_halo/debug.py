@@ -23,6 +23,8 @@ from torch.distributed import ProcessGroup
 from credit_halo.faults import break_group, refuse_broken
 from credit_halo.plan import Message
 
+__all__ = ["backward_of", "compare", "differing", "said"]
+
 logger = logging.getLogger("credit_halo.trace")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,6 +76,14 @@ class EdgeRule:
         object.__setattr__(self, "signs", whole if isinstance(self.signs, tuple) else whole[0])
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise ValueError(f"value must be a number; got {self.value!r}")
+        # Plain numbers, whatever they came as: a rule is written into the names of plans.
+        object.__setattr__(self, "value", float(self.value) if isinstance(self.value, float) else int(self.value))
+        object.__setattr__(self, "pole_is_row", bool(self.pole_is_row))
+        for name in ("lon_dim", "channel_dim"):
+            try:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            except TypeError:
+                raise ValueError(f"{name} must be an integer; got {getattr(self, name)!r}") from None
 
     @classmethod
     def of(cls, rule: EdgeRule | str) -> EdgeRule:

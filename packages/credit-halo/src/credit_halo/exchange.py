@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,8 +87,11 @@ def take_rows(
     """
     if torch.compiler.is_compiling():
         # torch.compile cannot trace the making of a plan; it takes what it is called as a constant of its arguments.
+        # Those are plain: of an object that is made in the compiled code it would see the defaults of its class.
         needs = tuple(need if isinstance(need, range) else tuple(need) for need in rows)
-        key = _plan_key(partition.sizes, needs, _rank(group), edge)
+        rule = EdgeRule.of(edge)
+        fields = (rule.kind, rule.value, rule.pole_is_row, rule.signs, rule.lon_dim, rule.channel_dim)
+        key = _plan_key(partition.sizes, needs, _rank(group), fields)
         many = dist.is_initialized() and dist.get_world_size(group) > 1
         name = _group_of(group).group_name if many else ""
         out: Tensor = ops.exchange(x, dim % x.ndim, key, name, label, False, True)
@@ -97,8 +101,8 @@ def take_rows(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _plan_key(sizes: tuple[int, ...], needs: tuple[Need, ...], rank: int, edge: EdgeRule | str) -> str:
-    return plan_rows(RowPartition(sizes, allow_empty=True), needs, rank=rank, edge=edge).key
+def _plan_key(sizes: tuple[int, ...], needs: tuple[Need, ...], rank: int, edge: tuple[Any, ...]) -> str:
+    return plan_rows(RowPartition(sizes, allow_empty=True), needs, rank=rank, edge=EdgeRule(*edge)).key
 
 
 def repartition_rows(
@@ -221,7 +225,7 @@ def _problem(x: Tensor, plan: ExchangePlan, dim: int, group: ProcessGroup | None
         return f"the plan is for {plan.ranks} ranks, the group has {size}{hint}"
     if plan.ranks > 1 and dist.get_rank(group) != plan.rank:
         return f"the plan is that of rank {plan.rank}; this is rank {dist.get_rank(group)} of the group"
-    return misfit(x, plan, dim)
+    return misfit(x.shape, x.dtype, plan, dim)
 
 
 def _group_of(group: ProcessGroup | None) -> ProcessGroup:

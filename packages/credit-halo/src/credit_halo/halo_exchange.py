@@ -17,6 +17,7 @@ from credit_halo.exchange import exchange_rows
 from credit_halo.learning import learner
 from credit_halo.plan import halo_width as width_of
 from credit_halo.plan import plan_halo
+from credit_halo.recipe import edge_of, edge_text
 from credit_halo.rows import empty_rows
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 
@@ -59,12 +60,12 @@ class HaloExchange(nn.Module):
         self.manager = manager
         self.label = label
         _widths(halo_width)
-        self._edge = _name(self.edge)
+        self._edge = edge_text(self.edge)
         self._layer = learner.new_layer()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._edge = _name(self.edge)  # known by name in this process too
+        self._edge = edge_text(self.edge)
         self._layer = learner.new_layer()  # a copy learns for itself
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class _HaloExchangeFunction(torch.autograd.Function):
         dim = _normal_dim(x, dim, group, "halo")
         sizes = _learn(x, dim, group, "halo", -1, declared)
         ctx.save_for_backward(sizes)
-        ctx.args = (before, after, dim, _name(EdgeRule()), group, "halo")
+        ctx.args = (before, after, dim, edge_text(EdgeRule()), group, "halo")
         out: Tensor = _halo_op(x, sizes, *ctx.args, False, True)
         return out
 
@@ -183,13 +184,6 @@ def _normal_dim(x: Tensor, dim: int, group: str, label: str) -> int:
 
 
 _LINEAR = " without its constant"
-_rules: dict[str, EdgeRule] = {}
-
-
-def _name(rule: EdgeRule) -> str:
-    """A string for an operator to carry; :data:`_rules` turns it back."""
-    _rules[repr(rule)] = rule
-    return repr(rule)
 
 
 @torch.library.custom_op("credit_halo::learn_partition", mutates_args=())
@@ -222,7 +216,7 @@ def _halo_op(
     adjoint: bool,
     check: bool,
 ) -> Tensor:
-    plan = plan_halo(_partition(sizes), before, after, rank=_rank(group), edge=_rules[edge.removesuffix(_LINEAR)])
+    plan = plan_halo(_partition(sizes), before, after, rank=_rank(group), edge=edge_of(edge.removesuffix(_LINEAR)))
     key = plan.linear.key if edge.endswith(_LINEAR) else plan.key
     out: Tensor = ops.exchange(x, dim, key, group, label, adjoint, check)
     return out

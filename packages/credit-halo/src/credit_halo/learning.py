@@ -39,6 +39,14 @@ class PartitionLearner:
         """A number for a layer, or a copy of one, to remember by."""
         return next(self._layers)
 
+    def known(
+        self, shape: torch.Size, dim: int, group: ProcessGroup, declared: str, layer: Hashable
+    ) -> tuple[int, ...] | None:
+        """What :meth:`sizes` has learned for a tensor of this rank; None if it would ask the other ranks."""
+        learned = self._known.get(group)
+        under = None if learned is None else learned.get(declared)
+        return None if under is None else under.get((layer, dim, shape))
+
     def sizes(
         self,
         x: Tensor,

@@ -35,35 +35,46 @@ from credit_halo.rows import (
 from credit_halo.transport import InFlight, directions, start
 from credit_mesh import RowPartition
 
+__all__ = ["add_arrived", "agree_on", "arrived", "begin", "collect", "empty_halo", "exchange", "post"]
+
 logger = logging.getLogger(__name__)
 
 
-def describe(x: Tensor, dim: int, plan: ExchangePlan, label: str) -> str:
+def describe(x: Tensor, dim: int, plan: ExchangePlan, label: str, gradient: bool) -> str:
     """What a rank is about to exchange, in words that are the same on every rank that does the same."""
     shape = ["rows" if d == dim else str(x.shape[d]) for d in range(x.ndim)]
-    gradient = "with" if x.requires_grad and torch.is_grad_enabled() else "without"
+    kind = f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)})"
+    with_gradient = "with" if gradient else "without"
     partition = RowPartition(plan.partition.sizes, allow_empty=True)  # its granularity says nothing about what moves
     return (
-        f"{str(x.dtype).removeprefix('torch.')} of shape ({', '.join(shape)}) {gradient} gradient, {partition}, edge "
-        f"{plan.edge.kind}, exchange {label!r}, plan {plan.digest}"
+        f"{kind} {with_gradient} gradient, {partition}, edge {plan.edge.kind}, exchange {label!r}, plan {plan.digest}"
     )
 
 
 def agree_on(
-    x: Tensor, dim: int, plan: ExchangePlan, group: ProcessGroup, label: str, problem: str | None = None
+    x: Tensor,
+    dim: int,
+    plan: ExchangePlan,
+    group: ProcessGroup,
+    label: str,
+    problem: str | None = None,
+    gradient: bool | None = None,
 ) -> None:
-    """Make sure that all ranks of the group exchange the same; costs a look into a set after the first time.
+    """Make sure that all ranks of the group exchange the same; costs a look into a dict after the first time.
+
+    ``gradient`` says whether one will be needed, where the tensor itself does not.
 
     Raises:
         ValueError: On all ranks alike, if they do not, or any has a problem. A rank that has one after all agreed
             raises alone, since the others do not ask again.
     """
     others = tuple(size for d, size in enumerate(x.shape) if d != dim)
-    key = (plan.digest, dim, x.dtype, others, label, x.requires_grad and torch.is_grad_enabled())
+    needed = x.requires_grad and torch.is_grad_enabled() if gradient is None else gradient
+    key = (plan.digest, dim, x.dtype, others, label, needed)
     what = f"exchange {label!r}"
     if problem is not None and has_agreed(group, key):
         raise ValueError(f"{what}: on rank {plan.rank} {problem}")
-    agree(group, key, what, lambda: describe(x, dim, plan, label), x.device, problem)
+    agree(group, key, what, lambda: describe(x, dim, plan, label, needed), x.device, problem)
 
 
 def _ready(
@@ -72,7 +83,7 @@ def _ready(
     """The plan and the group of a name; compiled code has checked nothing yet, and does so here."""
     the_plan, the_group = plans[plan], group_by_name(group) if group else None
     if check:
-        problem = misfit(x, the_plan, dim)
+        problem = misfit(x.shape, x.dtype, the_plan, dim)
         if the_group is not None:
             agree_on(x, dim, the_plan, the_group, label, problem)
         elif problem is not None:
@@ -140,9 +151,17 @@ exchange.register_autograd(_exchange_backward, setup_context=_exchange_setup)
 # The exchange as a part of another operation's forward and backward, which computes while rows travel
 
 
-def begin(x: Tensor, dim: int, plan: str, group: str, label: str, *, adjoint: bool = False) -> InFlight:
-    """Start an exchange outside of autograd; :func:`arrived` or :func:`add_arrived` must follow."""
-    return start(x, dim, *_ready(x, dim, plan, group, label, False), label, adjoint=adjoint)
+def begin(
+    x: Tensor, dim: int, plan: str, group: str, label: str, *, adjoint: bool = False, gradient: bool | None = None
+) -> InFlight:
+    """Start an exchange outside of autograd; :func:`arrived` or :func:`add_arrived` must follow.
+
+    Where ``gradient`` is given (whether one will be needed), the ranks agree first; see :func:`agree_on`.
+    """
+    the_plan, the_group = plans[plan], group_by_name(group) if group else None
+    if gradient is not None and the_group is not None:
+        agree_on(x, dim, the_plan, the_group, label, misfit(x.shape, x.dtype, the_plan, dim), gradient)
+    return start(x, dim, the_plan, the_group, label, adjoint=adjoint)
 
 
 def arrived(flight: InFlight, x: Tensor, dim: int) -> Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from credit_halo.edges import EdgeRule, Span
+from credit_halo.recipe import Needs, recipe_of, recipe_text
 from credit_mesh import RowPartition
 
 Rows = range | tuple[int, ...]
@@ -59,8 +61,9 @@ class ExchangePlan:
         local: Where this rank's own rows land.
         fills: Positions that hold the constant of the edge rule.
         digest: Names the whole exchange; the same on every rank that planned the same.
+        recipe: What it follows from, as text.
         variant: What was made of the plan, if anything; see :attr:`linear`.
-        key: Names this rank's part of it.
+        key: Names this rank's part of it, and says how to make it again: ``plans[key]``.
     """
 
     partition: RowPartition
@@ -73,16 +76,12 @@ class ExchangePlan:
     local: tuple[Placement, ...]
     fills: Rows
     digest: str
+    recipe: str
     variant: str = ""
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", f"{self.digest}/{self.rank}{self.variant}")
-        plans[self.key] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        plans[self.key] = self
+        object.__setattr__(self, "key", f"{self.digest}/{self.rank}{self.variant}:{self.recipe}")
 
     @property
     def ranks(self) -> int:
@@ -110,7 +109,7 @@ class ExchangePlan:
         """This plan without the constant that its edge rule may add."""
         if self.edge.linear == self.edge:
             return self
-        return replace(self, edge=self.edge.linear, variant="/linear")
+        return replace(self, edge=self.edge.linear, variant=_LINEAR)
 
     def __repr__(self) -> str:
         to = ", ".join(f"{len(message.rows)} to {message.peer}" for message in self.sends) or "none"
@@ -121,8 +120,37 @@ class ExchangePlan:
         )
 
 
-plans: dict[str, ExchangePlan] = {}
-"""Every plan by its key: operators that torch.compile traces can carry a string, not a plan."""
+_LINEAR = "/linear"
+
+
+class Plans:
+    """Every plan by its key: operators that torch.compile traces can carry a string, not a plan.
+
+    The plans of late are remembered, and others made again.
+    """
+
+    def __getitem__(self, key: str) -> ExchangePlan:
+        """The plan of a key.
+
+        Raises:
+            ValueError: If it is the key of no plan.
+        """
+        return _plan_of(key)
+
+
+plans = Plans()
+
+
+@lru_cache(maxsize=4096)
+def _plan_of(key: str) -> ExchangePlan:
+    try:
+        name, recipe = key.split(":", 1)
+        rank = int(name.removesuffix(_LINEAR).split("/")[1])
+        sizes, needs, edge = recipe_of(recipe)
+        plan = _plan(RowPartition(sizes, allow_empty=True), needs, rank, edge)
+    except (ValueError, IndexError, TypeError, zlib.error) as error:
+        raise ValueError(f"{key!r} is the key of no plan") from error
+    return plan.linear if name.endswith(_LINEAR) else plan
 
 
 def plan_rows(
@@ -212,9 +240,7 @@ def repartition_needs(source: RowPartition, target: RowPartition) -> list[range]
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    partition: RowPartition, needs: tuple[range | tuple[int, ...], ...], rank: int, edge: EdgeRule
-) -> ExchangePlan:
+def _plan(partition: RowPartition, needs: Needs, rank: int, edge: EdgeRule) -> ExchangePlan:
     own = partition.interval(rank)
     for need in needs:  # on every rank alike, so that all of them refuse what the edge rule cannot fill
         inside = isinstance(need, range) and len(need) and min(need[0], need[-1]) >= 0
@@ -260,6 +286,7 @@ def _plan(
         local=local,
         fills=_compact(fills) if fills else (),
         digest=hashlib.sha1(repr((partition.sizes, needs, edge)).encode(), usedforsecurity=False).hexdigest()[:16],
+        recipe=recipe_text(partition.sizes, needs, edge),
     )
 
 

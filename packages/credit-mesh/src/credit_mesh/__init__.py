@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from credit_mesh._version import __version__
-from credit_mesh.config import ParallelismConfig, dp_world_size, parse_parallelism_conf
 from credit_mesh.layout import AXES, Coords, RankLayout
+from credit_mesh.parallelism import ParallelismConfig, dp_world_size, parse_parallelism_conf
 from credit_mesh.partition import RowPartition, RowPiece
 
 if TYPE_CHECKING:

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from credit_mesh.config import ParallelismConfig
 from credit_mesh.layout import AXES, RankLayout
+from credit_mesh.parallelism import ParallelismConfig
 from credit_mesh.partition import RowPartition
+
+__all__ = ["main"]
 
 MOST_COLUMNS = 16
 """Columns of the drawing, one for each (dp, tp); wider worlds show their first ones."""

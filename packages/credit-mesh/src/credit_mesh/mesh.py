@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from credit_mesh.config import ParallelismConf, ParallelismConfig, config_of
 from credit_mesh.layout import AXES
+from credit_mesh.parallelism import ParallelismConf, ParallelismConfig, config_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,21 @@
-"""Data x tensor x domain parallel training on one device mesh, composed from public PyTorch parts."""
+"""Data x tensor x domain parallel training on one device mesh, composed from public PyTorch parts.
+
+Many functions take these arguments, which mean the same in all of them:
+
+- ``model``: the model, wrapped or not.
+- ``target``: a :class:`~credit_parallel.context.ParallelContext`, or the model.
+- ``manager``: the domain-parallel manager; None takes the present one, or a single rank where there is none.
+- ``where``: what says where this rank is; see :func:`credit_parallel.contract.place_of`.
+- ``group``: the ranks that take part; None means the whole world, or nobody else where torch.distributed is not
+  initialised.
+- ``partition``: the rows of each domain rank; where None, the ranks ask each other.
+- ``dim``: the sharded dim; latitude, -2, unless a function says otherwise.
+- ``conf``: the whole configuration, or its ``trainer`` section. Of it ``trainer.fsdp2_blocks`` may list more blocks.
+- ``label``: what errors call the call; the same on every rank.
+
+What sends messages raises an ``ExchangeError`` if a rank has ended, or did not answer within the timeout of the group.
+Every rank of the group must call it.
+"""
 
 from credit_mesh import build_device_mesh
 from credit_parallel._version import __version__

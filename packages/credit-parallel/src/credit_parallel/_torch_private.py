@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from credit_halo.extend import allow_recompilations
 
 
 def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -28,6 +33,16 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
         return mesh._get_root_mesh()
     resources: Any = device_mesh._mesh_resources  # type: ignore[attr-defined, unused-ignore]
     return resources.get_root_mesh(mesh)  # type: ignore[no-any-return]
+
+
+def offsets_of(tensor: DTensor) -> list[tuple[int, ...]]:
+    """Where the part of a tensor that this rank has begins in the whole; empty where the tensor is of other ranks.
+
+    Parts are uneven, and a dim may be divided by two axes, in either order: this is what torch's checkpoints ask.
+    """
+    if tensor.device_mesh.get_coordinate() is None:
+        return []
+    return [tuple(chunk.offsets) for chunk in tensor.__create_chunk_list__()]  # type: ignore[no-untyped-call]
 
 
 def after_backward(callback: Callable[[], None]) -> None:
@@ -61,13 +76,15 @@ def is_view(x: Tensor) -> bool:
     return x._base is not None
 
 
-def allow_recompilations(least: int) -> None:
-    """Let torch.compile make so many versions of one function.
+def compiled(function: Callable[..., Any], versions: int) -> Callable[..., Any]:
+    """A function compiled as one graph, of which torch may make so many versions.
 
-    Blocks of a class share its code, and each shape of theirs is a version, in training and without gradients. There is
-    no way to ask for the limit of one function, and the public name of the setting is younger than torch 2.8.
+    Blocks of a class share its code, and each shape of theirs is a version, in training and without gradients. Before
+    ``torch.compile`` had an argument for it, the limit was one of the whole process.
     """
-    import torch._dynamo
-
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, least)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limited: Any = functools.partial(torch.compile, recompile_limit=max(versions, 8))
+    else:
+        allow_recompilations(versions)
+        limited = torch.compile
+    return limited(function, fullgraph=True)  # type: ignore[no-any-return]

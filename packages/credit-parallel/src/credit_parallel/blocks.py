@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from credit_parallel.domain import manager_of
+from credit_parallel.trainer_section import Conf, trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,42 +22,16 @@ BLOCK_CLASSES = ("Transformer", "UpBlock", "UpBlockPS")
 """Names of classes whose instances are blocks; others opt in with ``_fsdp2_shard = True``."""
 
 
-def trainer_of(conf: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The ``trainer`` section of a configuration, or the section itself; empty of None."""
-    section = conf.get("trainer", conf) if isinstance(conf, Mapping) else conf
-    if section is None:
-        return {}
-    if not isinstance(section, Mapping):
-        raise ValueError(f"conf must be a mapping with a trainer section; got {conf!r}")
-    return section
-
-
-def flag(section: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """A switch of a configuration.
-
-    Raises:
-        ValueError: If it is no bool; a text such as "false" would count as true.
-    """
-    value = section.get(key, default)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false; got {value!r}")
-    return bool(value)
-
-
 def _has_fsdp2_shard(module: nn.Module) -> bool:
     """Whether a module, or its class, opts in as a block."""
     return getattr(module, "_fsdp2_shard", False) is True
 
 
-def blocks_of(model: nn.Module, conf: Mapping[str, Any] | None) -> dict[str, nn.Module]:
+def blocks_of(model: nn.Module, conf: Conf) -> dict[str, nn.Module]:
     """The blocks of a model by name, inner ones before those that they are in; the model itself is none.
 
-    Args:
-        model: The model.
-        conf: ``trainer.fsdp2_blocks`` lists more blocks, by class names or by dotted names of modules.
-
-    Raises:
-        ValueError: If it lists what is not there.
+    A ValueError says what ``trainer.fsdp2_blocks`` lists, by class names or by dotted names of modules, and is not
+    there.
     """
     wanted = trainer_of(conf).get("fsdp2_blocks") or ()
     if isinstance(wanted, str) or not all(isinstance(name, str) for name in wanted):
@@ -81,22 +56,13 @@ def is_sharded(model: nn.Module) -> bool:
 # Activation checkpointing
 
 
-def _apply_activation_checkpointing(model: nn.Module, conf: Mapping[str, Any] | None = None) -> nn.Module:
-    """Have blocks recomputed in the backward instead of keeping their activations. Comes before ``fully_shard``.
+def _apply_activation_checkpointing(model: nn.Module, conf: Conf = None) -> nn.Module:
+    """Have blocks recomputed in the backward instead of keeping their activations.
 
     Each outermost block is recomputed once, with the random numbers that it drew. Names of parameters and modules stay
-    as they are. May be called again. Where rows are exchanged, torch.compile leaves them alone, since torch 2.13
-    cannot compile the recomputation of an exchange; a ``block.forward`` that was compiled before stays compiled.
-
-    Args:
-        model: The model.
-        conf: May list more blocks, see :func:`blocks_of`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If the model is sharded already: parameters would be gathered at the wrong time.
+    as they are. May be called again, but not after ``fully_shard``: parameters would be gathered at the wrong time.
+    Where rows are exchanged, torch.compile leaves blocks alone, since torch 2.13 cannot compile the recomputation of an
+    exchange; a ``block.forward`` that was compiled before stays compiled.
     """
     if is_sharded(model):
         raise ValueError("activation checkpointing must be applied before fully_shard; the model is sharded already")

@@ -7,8 +7,8 @@ import logging
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from credit_mesh import DomainParallelManager
 from credit_parallel.collectives import broadcast_tensors
@@ -22,43 +22,25 @@ def sync_buffers(model: nn.Module, manager: DomainParallelManager | None = None)
 
     Each rank takes them from the rank of the first replica with its own tp and domain coordinates. So buffers that hold
     a rank's own rows keep them, and what domain ranks have alike stays alike. The numbers are those of the first
-    replica whatever the number of domain ranks, and with DDP and FSDP2.
+    replica whatever the number of domain ranks, and with DDP and FSDP2. Without a manager, that of the model takes
+    part.
 
-    Args:
-        model: The model, wrapped or not.
-        manager: Whose data-parallel group takes part; None takes that of the model, or the present one.
-
-    Collectives:
-        Broadcasts over the data-parallel group; none with one replica.
+    Collectives: broadcasts over the data-parallel group; none with one replica.
     """
     manager = manager_of(model) if manager is None else manager
-    if manager is None or manager.dp_world_size == 1:
-        return
+    if manager is not None and manager.dp_world_size > 1:
+        broadcast_buffers(model, manager.data_parallel_group)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
+def broadcast_buffers(model: nn.Module, group: ProcessGroup) -> None:
+    """Give every rank of a group the buffers of its first one."""
     # Of the data alone, as torch's class does it: a forward before this one may have kept a buffer for its backward.
-    broadcast_tensors([buffer.data for buffer in model.buffers()], manager.data_parallel_group)
-
-
-def sync_before_forward(wrapped: DistributedDataParallel, manager: DomainParallelManager) -> None:
-    """Do what torch's ``broadcast_buffers`` does, over the replicas alone, where a wrapper spans domain ranks too."""
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def hook(module: nn.Module, args: object) -> None:
-        if wrapped.require_forward_param_sync:  # false after forwards without gradient, and within no_sync
-            sync_buffers(wrapped.module, manager)
-
-    wrapped.register_forward_pre_hook(hook)
+    broadcast_tensors([buffer.data for buffer in model.buffers()], group)
 
 
 def tell_replica_statistics(model: nn.Module, replicas: int) -> list[str]:
-    """Say in the log, on the first rank, which layers take statistics of their own replica's samples.
-
-    Args:
-        model: The model, in training.
-        replicas: How many there are.
-
-    Returns:
-        The names of those layers.
-    """
+    """Say in the log, on the first rank, which layers take statistics of their own replica's samples; name them."""
     names = [
         name
         for name, part in model.named_modules()

@@ -12,9 +12,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from credit_halo import naming_missing_ranks
-from credit_halo.agreement import agree
-from credit_halo.transport import as_bytes
-from credit_parallel.contract import device_of
+from credit_halo.extend import agree, as_bytes
+from credit_parallel.contract import device_of, gather_numbers
 
 BUCKET_BYTES = 1 << 26
 """Gradients travel in buckets of at most this size; larger ones travel alone, without a copy."""
@@ -29,17 +28,12 @@ def all_reduce_avg(t: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Average a tensor over ranks, in place, on any backend; no gradient flows through it.
 
     Args:
-        t: A floating-point or complex tensor of the same shape and dtype on every rank.
-        group: The ranks; None means the whole world, or nobody else where torch.distributed is not initialised.
-
-    Returns:
-        ``t``.
+        t: A floating-point or complex tensor of the same shape and dtype on every rank; it is returned.
 
     Raises:
         ValueError: If ``t`` has no mean, or this rank is none of the group.
 
-    Collectives:
-        One sum.
+    Collectives: one sum.
     """
     if isinstance(t, DTensor) or not (t.is_floating_point() or t.is_complex()):
         kind = "a DTensor" if isinstance(t, DTensor) else t.dtype
@@ -64,14 +58,12 @@ def allreduce_grads_avg(grads: Iterable[Tensor | None], group: ProcessGroup | No
     Args:
         grads: Gradients of the same parameters, in the same order, on every rank. None is left out, so it must be None
             on every rank; :func:`credit_parallel.domain.sync_domain_gradients` agrees on that first.
-        group: The ranks; None means the whole world, or nobody else where torch.distributed is not initialised.
 
     Raises:
         ValueError: On all ranks alike, if any has a gradient that is sparse, no floating-point tensor, or sharded over
             ranks of the group, or has other gradients than the rest. Ranks compare once for each list of shapes.
 
-    Collectives:
-        One sum for each bucket (:data:`BUCKET_BYTES`); a small all-gather the first time.
+    Collectives: one sum for each bucket (:data:`BUCKET_BYTES`); a small all-gather the first time.
     """
     present = [grad for grad in grads if grad is not None]
     ranks = _ranks_in(group, "allreduce_grads_avg")
@@ -85,16 +77,10 @@ def allreduce_grads_avg(grads: Iterable[Tensor | None], group: ProcessGroup | No
 def broadcast_tensors(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> None:
     """Give every rank the values of the group's first rank, in place.
 
-    Args:
-        tensors: The same ones, in the same order, on every rank: of any dtype; of a DTensor this rank's shard. Those
-            without data (on the meta device) are left out.
-        group: The ranks; None means the whole world, or nobody else where torch.distributed is not initialised.
+    ``tensors`` are the same ones, in the same order, on every rank: of any dtype; of a DTensor this rank's shard. Those
+    without data (on the meta device) are left out. Other shapes or dtypes are a ValueError on all ranks alike.
 
-    Raises:
-        ValueError: On all ranks alike, if they have tensors of other shapes or dtypes.
-
-    Collectives:
-        One broadcast for each bucket; a small all-gather the first time.
+    Collectives: one broadcast for each bucket; a small all-gather the first time.
     """
     present = [tensor for tensor in tensors if not tensor.is_meta]
     if _ranks_in(group, "broadcast_tensors") > 1:
@@ -109,11 +95,8 @@ def start_equal(
 ) -> None:
     """Give the model of every rank the weights of the first one, by a broadcast over each group in turn.
 
-    Args:
-        model: The model, of the same parameters on every rank.
-        groups: Process groups of the axes that the weights are the same along.
-        buffers: Those of the axes that buffers are the same along, where these are fewer: domain ranks may hold buffers
-            of their own rows.
+    ``buffers`` are the groups of the axes that buffers are the same along, where these are fewer: domain ranks may hold
+    buffers of their own rows.
     """
     groups = list(groups)
     for group in groups:
@@ -137,13 +120,7 @@ def _average(flat: Tensor, ranks: int, group: ProcessGroup | None) -> None:
 
 
 def _in_buckets(tensors: Iterable[Tensor], act: Callable[[Tensor], None], device: torch.device | None = None) -> None:
-    """Have something done in place to the entries of tensors, many of them at a time.
-
-    Args:
-        tensors: Tensors; those of one dtype and device share buckets.
-        act: Takes a flat, contiguous tensor.
-        device: Kind of device that it takes them on; None is where they are.
-    """
+    """Have ``act`` change the entries of tensors in place, in flat buckets of one dtype, on a kind of device."""
     for bucket in _buckets(tensors):
         there = bucket[0].device if device is None or device.type == bucket[0].device.type else device
         if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].device == there:
@@ -155,12 +132,17 @@ def _in_buckets(tensors: Iterable[Tensor], act: Callable[[Tensor], None], device
         torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that have elements, those of one dtype and device together."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for kind in kinds.values():
+    return list(kinds.values())
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    for kind in _by_kind(tensors):
         bucket: list[Tensor] = []
         size = 0
         for tensor in kind:
@@ -225,6 +207,9 @@ def total_grad_norm(
 ) -> Tensor:
     """Norm of all gradients as one vector: that of the unsharded ones, whatever each is sharded over.
 
+    Returns a plain scalar, in float64 if a gradient is and else in float32. It is the same on every rank, if the
+    gradients that ranks hold copies of are.
+
     Args:
         grads: Gradients of the same parameters, in the same order, on every rank: DTensors on any meshes and plain
             tensors, mixed. A plain tensor is taken to be the same on every rank, and counts once. None is left out, so
@@ -232,17 +217,12 @@ def total_grad_norm(
         norm_type: The p of the p-norm: positive, or infinity.
         error_if_nonfinite: Raise on all ranks of the world together where the norm is infinite or NaN on any.
 
-    Returns:
-        The norm, a plain scalar, in float64 if a gradient is and else in float32. It is the same on every rank, if the
-        gradients that ranks hold copies of are.
-
     Raises:
         ValueError: If ``norm_type`` is not positive, or a gradient is sparse.
         RuntimeError: On all ranks of the world alike, naming those whose gradients are not finite.
 
-    Collectives:
-        One sum of a few numbers over each axis that gradients are sharded along; with ``error_if_nonfinite`` one more
-        over the world, which every rank must take part in.
+    Collectives: one sum of a few numbers over each axis that gradients are sharded along; with ``error_if_nonfinite``
+    an all-gather of one over the world, which every rank must take part in.
     """
     return _total_norm([(grad, grad) for grad in grads if grad is not None], norm_type, error_if_nonfinite)
 
@@ -250,42 +230,20 @@ def total_grad_norm(
 @naming_missing_ranks("norm of the gradients")
 @torch.no_grad()
 def clip_grad_norm_(
-    params: Iterable[Tensor] | Tensor,
-    max_norm: float,
-    norm_type: float = 2.0,
-    *,
-    error_if_nonfinite: bool = False,
+    params: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
-    """Scale gradients, in place, so that their norm is at most ``max_norm``.
+    """Scale gradients, in place, so that their norm is at most ``max_norm``; returns the norm before that.
 
-    Does what :func:`torch.nn.utils.clip_grad_norm_` does for unsharded parameters, also for those that it does not
-    take together: sharded over dp x domain, over tp, over both in any order, and not at all.
-
-    Args:
-        params: The same parameters, in the same order, on every rank; see :func:`total_grad_norm`.
-        max_norm: The largest norm that is left as it is.
-        norm_type: The p of the p-norm: positive, or infinity.
-        error_if_nonfinite: Raise, and leave the gradients as they are, where their norm is infinite or NaN.
-
-    Returns:
-        The norm before scaling, as :func:`total_grad_norm` returns it.
-
-    Raises:
-        ValueError: As :func:`total_grad_norm`.
-        RuntimeError: As :func:`total_grad_norm`.
-
-    Collectives:
-        Those of :func:`total_grad_norm`.
+    Does what :func:`torch.nn.utils.clip_grad_norm_` does for unsharded parameters, also for those that it does not take
+    together: sharded over dp x domain, over tp, over both in any order, and not at all. ``params`` are the same, in the
+    same order, on every rank. The other arguments, errors and collectives are those of :func:`total_grad_norm`; where
+    it raises, the gradients stay as they are.
     """
     params = [params] if isinstance(params, Tensor) else list(params)
     total = _total_norm([(p.grad, p) for p in params], norm_type, error_if_nonfinite)
     scale = (float(max_norm) / (total + 1e-6)).clamp(max=1.0)
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None and (grad := local_of(p.grad)).numel():
-            kinds.setdefault((grad.dtype, grad.device), []).append(grad)
-    for (_, device), local in kinds.items():
-        torch._foreach_mul_(local, scale.to(device))
+    for local in _by_kind(local_of(p.grad) for p in params if p.grad is not None):
+        torch._foreach_mul_(local, scale.to(local[0].device))
     return total
 
 
@@ -348,13 +306,9 @@ def _summed(grad: Tensor) -> Tensor:
 
 def _local_norm(local: Sequence[Tensor], p: float, device: torch.device, exact: torch.dtype) -> Tensor:
     """Norm of this rank's entries: each tensor's in float32 at least, and that of those in double precision."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in local:
-        if tensor.numel():
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     parts = []
-    for (dtype, _), tensors in kinds.items():
-        norms = torch._foreach_norm(tensors, p, dtype=torch.promote_types(dtype, torch.float32))
+    for tensors in _by_kind(local):
+        norms = torch._foreach_norm(tensors, p, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
         parts.append(torch.stack(norms).abs().to(device, exact))
     if not parts:
         return torch.zeros((), dtype=exact, device=device)
@@ -376,13 +330,7 @@ def _refuse_nonfinite(own: Tensor, total: Tensor, p: float) -> None:
     """Raise on every rank of the world where any has gradients without a finite norm."""
     # 1: the norm is not finite here; 2: because of this rank's own gradients.
     bad = (~torch.isfinite(total)).long() * (1 + (~own).long())
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        states = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device_of(None))
-        states[dist.get_rank()] = bad
-        dist.all_reduce(states)
-    else:
-        states = bad[None]
-    listed = states.tolist()
+    listed = [state for (state,) in gather_numbers([int(bad)])]
     if any(listed):
         ranks = [rank for rank, state in enumerate(listed) if state == max(listed)]
         raise RuntimeError(

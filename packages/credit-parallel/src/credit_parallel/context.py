@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from credit_mesh import (
     initialize_domain_parallel,
     parse_parallelism_conf,
 )
-from credit_parallel.blocks import _apply_activation_checkpointing, flag, trainer_of
+from credit_parallel.blocks import _apply_activation_checkpointing
 from credit_parallel.buffers import sync_buffers, tell_replica_statistics
 from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_checkpoint
 from credit_parallel.collectives import clip_grad_norm_
@@ -41,6 +41,7 @@ from credit_parallel.reducer import reducer_of
 from credit_parallel.sampler import DataParallelSampler, data_parallel_sampler
 from credit_parallel.seeds import RankSeeds, seed_ranks
 from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
+from credit_parallel.trainer_section import Trainer, flag, trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +51,15 @@ class ParallelContext:
     """A model on a mesh of ranks, and what a training loop does with it; made by :func:`parallelize`.
 
     On one rank, with or without torch.distributed, every method does what a loop for one GPU would.
-
-    Attributes:
-        model: The model, converted and wrapped.
-        config: The parallelism block.
-        layout: Sizes of the axes, and who is where.
-        mesh: The device mesh; None for a single rank.
-        manager: The domain-parallel manager; None without torch.distributed.
-        check_batches: How many more batches to compare between the ranks that must read the same.
-        timeout: How long ranks wait for each other after the first step; None leaves the timeouts of the groups.
     """
 
-    model: nn.Module
-    config: ParallelismConfig
-    layout: RankLayout
-    mesh: DeviceMesh | None = None
-    manager: DomainParallelManager | None = None
-    check_batches: int = 3
+    model: nn.Module  #: the model, converted and wrapped
+    config: ParallelismConfig  #: the parallelism block
+    layout: RankLayout  #: sizes of the axes, and who is where
+    mesh: DeviceMesh | None = None  #: the device mesh; None for a single rank
+    manager: DomainParallelManager | None = None  #: the domain-parallel manager; None without torch.distributed
+    check_batches: int = 3  #: how many more batches to compare between the ranks that must read the same
+    #: How long ranks wait for each other after the first step; None leaves the timeouts of the groups.
     timeout: timedelta | None = None
     _told: bool = field(default=False, init=False, repr=False)
     _starting: bool = field(default=True, init=False, repr=False)
@@ -80,15 +73,13 @@ class ParallelContext:
     def shard(self, batch: Any, **options: Any) -> Any:
         """This rank's rows of a batch that every tp and domain peer has read whole.
 
-        Args:
-            batch: A tensor, or nested containers of tensors; see :func:`credit_domain.sharding.shard_batch`.
-            **options: Those of :func:`credit_domain.sharding.shard_batch`.
+        Takes a tensor, or nested containers of tensors, with the options of
+        :func:`credit_domain.sharding.shard_batch`.
 
         Raises:
             ValueError: On all ranks alike, if peers have read different batches, which the first few are checked for.
 
-        Collectives:
-            For the first ``check_batches`` batches a small all-gather.
+        Collectives: for the first ``check_batches`` batches a small all-gather.
         """
         if self.check_batches > 0:
             self.check_batches -= 1
@@ -107,13 +98,7 @@ class ParallelContext:
     # The loss
 
     def mean(self, values: Tensor, *, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`.
-
-        Args:
-            values: The loss of each element, not yet reduced.
-            weights: Weight of each row, for example of its latitude, of all rows or of this rank's.
-            mask: True for the elements that count.
-        """
+        """This rank's loss, in place of ``values.mean()``; see :func:`credit_parallel.losses.domain_mean`."""
         if self.manager is None:
             return domain_mean(values, weights=weights, mask=mask)
         dim, partition = self.manager.shard_dim, self.manager.partition
@@ -124,8 +109,7 @@ class ParallelContext:
     def value(self, loss: Tensor) -> float:
         """The loss over all rows and all replicas, for a log.
 
-        Collectives:
-            One sum over the domain ranks, one over the replicas.
+        Collectives: one sum over the domain ranks, one over the replicas.
         """
         value = domain_value(loss, self.manager)
         if self.manager is not None and self.layout.dp > 1:
@@ -147,9 +131,6 @@ class ParallelContext:
                 with context.accumulate(last=i == len(batches) - 1):
                     (loss_of(batch) / len(batches)).backward()
             context.step(optimizer)
-
-        Raises:
-            ExchangeError: If a rank has ended, or did not answer within the timeout.
         """
         inner = self.model
         with naming_missing_ranks("forward and backward"):
@@ -165,44 +146,25 @@ class ParallelContext:
             yield
 
     def sync_gradients(self) -> None:
-        """After the backward: average the gradients that the backward itself has not averaged.
-
-        Raises:
-            ValueError: As :func:`credit_parallel.domain.sync_domain_gradients`.
-
-        Collectives:
-            Those of :func:`credit_parallel.domain.sync_domain_gradients`.
-        """
+        """After the backward: average the gradients that the backward itself has not averaged."""
         with naming_missing_ranks("averaging gradients"):
-            self._sync_gradients()
-
-    def _sync_gradients(self) -> None:
-        sync_domain_gradients(self.model, self.manager)
-        if self.mesh is not None and self.layout.tp > 1:
-            sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
+            sync_domain_gradients(self.model, self.manager)
+            if self.mesh is not None and self.layout.tp > 1:
+                sync_replicated_gradients(self.model, self.mesh.get_group("tp"))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the norm of all gradients of the whole model; returns what it was, the same on every rank.
 
-        Collectives:
-            A sum over each group of ranks that gradients are divided over.
+        Collectives: a sum over each group of ranks that gradients are divided over.
         """
         with naming_missing_ranks("norm of the gradients"):
             return clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> Tensor:
-        """Synchronise the gradients, clip them, take a step and clear them.
+        """Synchronise the gradients, clip them, take a step and clear them; returns the norm before they were clipped.
 
-        Args:
-            optimizer: Of the parameters of ``model``.
-            max_norm: The largest norm that is left; None only measures it.
-
-        Returns:
-            The norm of the gradients before they were clipped.
-
-        Raises:
-            ValueError: On all ranks alike, if it is not finite; no step is taken.
-            ExchangeError: If a rank has ended, or did not answer within the timeout.
+        ``max_norm`` is the largest norm that is left; None only measures it. One that is not finite is a ValueError on
+        all ranks alike, and no step is taken.
         """
         if not self._told:
             self._told = True
@@ -231,8 +193,7 @@ class ParallelContext:
 
         Call it before validation and forecasts. :meth:`save` does it by itself.
 
-        Collectives:
-            Broadcasts over the replicas; none with one.
+        Collectives: broadcasts over the replicas; none with one.
         """
         sync_buffers(self.model, self.manager)
 
@@ -261,7 +222,7 @@ class ParallelContext:
 
 def parallelize(
     model: nn.Module,
-    conf: Mapping[str, Any] | ParallelismConfig,
+    conf: Mapping[str, Any] | Trainer | ParallelismConfig,
     *,
     device: str | None = None,
     shard_dim: int = -2,
@@ -277,8 +238,8 @@ def parallelize(
     Args:
         model: The model, on its device; the same on every rank. All start with the weights of the first one.
         conf: A configuration with ``trainer.parallelism`` (and ``trainer.amp``, ``trainer.activation_checkpoint``, as
-            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``), or the
-            parallelism block as a :class:`credit_mesh.ParallelismConfig`.
+            :func:`credit_parallel.fsdp2.apply_fsdp2` reads them, and ``trainer.find_unused_parameters``); a ``trainer``
+            section whose keys are attributes; or the parallelism block as a :class:`credit_mesh.ParallelismConfig`.
         device: ``"cuda"`` or ``"cpu"``; None takes that of the model's first parameter.
         shard_dim: The sharded dim; -2 is latitude.
         check_batches: How many batches to compare between ranks that must read the same.
@@ -294,26 +255,27 @@ def parallelize(
         ValueError: If the block does not fit the number of ranks; if a timeout is no positive time; if modules of the
             model are refused by the converter, or tensor-parallel declarations do not fit; on all ranks alike.
 
-    Collectives:
-        Creates process groups; broadcasts of the weights.
+    Collectives: creates process groups; broadcasts of the weights.
     """
-    whole = {"trainer": {"parallelism": conf.to_dict()}} if isinstance(conf, ParallelismConfig) else conf
-    config = ParallelismConfig.from_block(parse_parallelism_conf(whole))
-    longest, first = _timeouts(trainer_of(whole), timeout, startup_timeout)
+    trainer = {"parallelism": conf} if isinstance(conf, ParallelismConfig) else trainer_of(conf)
+    config = trainer.get("parallelism")
+    if not isinstance(config, ParallelismConfig):
+        config = ParallelismConfig(**parse_parallelism_conf(cast("Mapping[str, Any]", conf)))
+    longest, first = _timeouts(trainer, timeout, startup_timeout)
     if not (dist.is_available() and dist.is_initialized()):
         if config.tensor * config.domain > 1:
             raise ValueError(
                 f"{config} needs {config.tensor * config.domain} ranks or more: start the program with torchrun and "
                 "call torch.distributed.init_process_group() first"
             )
-        if flag(trainer_of(whole), "activation_checkpoint"):
-            _apply_activation_checkpointing(model, whole)
+        if flag(trainer, "activation_checkpoint"):
+            _apply_activation_checkpointing(model, trainer)
         return ParallelContext(model, config, RankLayout(), check_batches=0, timeout=longest)
     world = dist.get_world_size()
     layout = config.layout(world)
     kind = device or next((p.device.type for p in model.parameters()), "cpu")
     answer_roll_calls()
-    mesh, axes = build_device_mesh(config.to_dict(), device=kind)
+    mesh, axes = build_device_mesh(config, device=kind)
     folded = fold_domain(mesh)
     manager = initialize_domain_parallel(world, config.domain, shard_dim, tensor_parallel_size=config.tensor, mesh=mesh)
     if first is not None:
@@ -330,12 +292,12 @@ def parallelize(
             if isinstance(norm := part.__dict__.get("_wrapped", part), nn.SyncBatchNorm) and norm.process_group is None:
                 norm.process_group = group
     if config.data == "fsdp2" and folded is not None:
-        model = apply_fsdp2(model, folded, whole)
+        model = apply_fsdp2(model, folded, trainer)
     else:
-        if flag(trainer_of(whole), "activation_checkpoint"):
-            _apply_activation_checkpointing(model, whole)
+        if flag(trainer, "activation_checkpoint"):
+            _apply_activation_checkpointing(model, trainer)
         if config.data == "ddp":
-            model = apply_ddp(model, folded, whole)
+            model = apply_ddp(model, folded, trainer)
     if first is not None:
         set_timeouts(first)  # of the groups too that were made meanwhile
     logger.info("%s on %s: %s", type(model).__name__, kind, layout)

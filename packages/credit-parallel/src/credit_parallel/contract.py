@@ -44,10 +44,9 @@ Where = DomainParallelManager | DeviceMesh | RankLayout | ParallelismConfig | Ma
 def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
     """The layout of the world, and the coordinates of this rank.
 
-    Args:
-        where: A manager; the whole device mesh; a layout of the world; a configuration with a parallelism block (see
-            :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the
-            present manager, or a single rank where torch.distributed is not initialised.
+    ``where`` is a manager; the whole device mesh; a layout of the world; a configuration with a parallelism block (see
+    :func:`credit_mesh.parse_parallelism_conf`), or the block as a ``ParallelismConfig``. None takes the present
+    manager, or a single rank where torch.distributed is not initialised.
 
     Raises:
         ValueError: If the layout is of another number of ranks than torch.distributed has, or nothing says what it is.
@@ -86,12 +85,7 @@ def place_of(where: Where = None) -> tuple[RankLayout, Coords]:
 
 @naming_missing_ranks("comparing batches")
 def check_batch(
-    batch: Any,
-    where: Where = None,
-    *,
-    sharded: bool = False,
-    sample_ids: Any = None,
-    label: str = "check_batch",
+    batch: Any, where: Where = None, *, sharded: bool = False, sample_ids: Any = None, label: str = "check_batch"
 ) -> None:
     """Make sure that all ranks which share a sample have read the same batch, bit for bit.
 
@@ -101,18 +95,14 @@ def check_batch(
     Args:
         batch: What the loader returned, before it is sharded: tensors, numpy arrays, numbers, text, dates, None, and
             mappings, lists, tuples and dataclasses of them.
-        where: What says where this rank is; see :func:`credit_parallel.contract.place_of`.
         sharded: Whether each domain rank has read its own rows only. Then batches are compared between tp peers, and
-            ``sample_ids`` between domain peers.
-        sample_ids: Indices or times of the samples, of the same kinds as ``batch``; needed with ``sharded``.
-        label: What errors call this check.
+            ``sample_ids`` (indices or times of the samples), which are needed, between domain peers.
 
     Raises:
         ValueError: On every rank of the world alike, naming the ranks that differ and the entries of the batch in which
             they do, or an entry that cannot be compared; also if ``sample_ids`` are missing.
 
-    Collectives:
-        An all-gather of six numbers over the world; if it shows a difference, one of a line for each entry.
+    Collectives: an all-gather of six numbers over the world; if it shows a difference, one of a line for each entry.
     """
     layout, at = place_of(where)
     if sharded and sample_ids is None and layout.domain > 1:
@@ -155,31 +145,20 @@ def check_finite(
 
     Args:
         value: This rank's value or values.
-        group: The ranks that ask together; None means the whole world, or nobody else where torch.distributed is not
-            initialised.
         what: What errors call the value.
-        raises: Raise where it is not finite.
+        raises: Raise a ValueError where it is not finite, on all ranks alike, naming those whose value it is.
 
-    Raises:
-        ValueError: With ``raises``, on all ranks alike, naming those whose value is not finite.
-
-    Collectives:
-        One sum of a number; with ``raises``, if it shows a value that is not finite, an all-gather of one.
+    Collectives: an all-gather of a number.
     """
     if isinstance(value, DTensor):
         value = value.to_local()
     finite = bool(torch.isfinite(value.detach()).all()) if isinstance(value, Tensor) else math.isfinite(value)
-    everywhere = finite
-    if dist.is_available() and dist.is_initialized():
-        bad = torch.tensor([not finite], dtype=torch.int64, device=device_of(group))
-        dist.all_reduce(bad, group=group)
-        everywhere = not bad.item()
-    if raises and not everywhere:
-        flags = gather_numbers([not finite], group)
+    bad = [flag for (flag,) in gather_numbers([not finite], group)]
+    if raises and any(bad):
         names = dist.get_process_group_ranks(group) if dist.is_initialized() else [0]
-        where = _runs([rank for rank, (bad_here,) in zip(names, flags, strict=True) if bad_here])
-        raise ValueError(f"{what} is not finite on rank {where} (of {len(flags)})")
-    return everywhere
+        where = _runs([rank for rank, flag in zip(names, bad, strict=True) if flag])
+        raise ValueError(f"{what} is not finite on rank {where} (of {len(bad)})")
+    return not any(bad)
 
 
 @naming_missing_ranks("comparing numbers")
@@ -252,11 +231,7 @@ def _runs(ranks: Sequence[int]) -> str:
 
 
 def fingerprints(value: Any, path: str = "batch") -> dict[str, str]:
-    """A short text for each entry of nested containers, by its path; equal texts stand for equal bits.
-
-    Raises:
-        ValueError: If an entry is of a kind that cannot be compared.
-    """
+    """A short text for each entry of nested containers, by its path; equal texts stand for equal bits."""
     return dict(_leaves(path, value))
 
 

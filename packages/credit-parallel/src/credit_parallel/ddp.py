@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
@@ -16,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_parallel._torch_private import leave_to_others
-from credit_parallel.blocks import flag, is_sharded, trainer_of
-from credit_parallel.buffers import sync_before_forward
-from credit_parallel.collectives import broadcast_tensors, local_of, start_equal
+from credit_parallel.blocks import is_sharded
+from credit_parallel.buffers import broadcast_buffers
+from credit_parallel.collectives import local_of, start_equal
 from credit_parallel.domain import manager_of
 from credit_parallel.mesh import covers_domain
 from credit_parallel.reducer import BUCKET_BYTES, GradientReducer
+from credit_parallel.trainer_section import Conf, flag, trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,39 +33,36 @@ _NEEDLESS = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view"
 
 
 class AveragedDataParallel(DistributedDataParallel):
-    """DistributedDataParallel whose gradients ``credit_parallel.reducer.GradientReducer`` averages.
+    """DistributedDataParallel whose gradients ``credit_parallel.reducer.GradientReducer`` averages over ``group``.
 
     ``no_sync``, ``module`` and the names in its state dict are those of torch's class. Torch's own reducer gets a
-    single parameter, since it cannot be left without one, and is never started.
-
-    Args:
-        module: The model.
-        group: The ranks that gradients are averaged over.
-        bucket_bytes: Size of the buckets that gradients are sent in.
-        **options: Whether buffers are those of the first rank, as torch's class calls that.
+    single parameter, since it cannot be left without one, and is never started. Buffers are those of the first rank, as
+    torch's options ask; with a ``buffer_group`` those of the first rank of that.
     """
 
-    def __init__(self, module: nn.Module, group: ProcessGroup, bucket_bytes: int, **options: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        group: ProcessGroup,
+        buffer_group: ProcessGroup | None,
+        bucket_bytes: int,
+        **options: Any,
+    ) -> None:
         names: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         plain = {name: p for name, p in names.items() if p.requires_grad and not isinstance(p, DTensor)}
         smallest = min(plain, key=lambda name: plain[name].numel())
         others = [name for name, p in names.items() if p is not plain[smallest]]
         leave_to_others(module, [*others, *(f".{name}" for name in others if "." not in name)])
         super().__init__(module, process_group=group, init_sync=False, **options)
-        reducer = GradientReducer(module, _reducible(module), group, bucket_bytes)
-        itself = ref(self)  # the reducer must not keep its model alive
-
-        def enabled() -> bool:
-            wrapper = itself()
-            return wrapper is None or bool(wrapper.require_backward_grad_sync)
-
-        reducer.enabled = enabled
+        self._buffer_group = buffer_group
+        GradientReducer(module, _reducible(module), group, bucket_bytes).follow(self)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward, after the broadcast of buffers where that is wanted."""
-        if self.will_sync_module_buffers():  # type: ignore[no-untyped-call]
-            _broadcast_buffers(self.module, self.process_group)
+        apart = self._buffer_group is not None and self.require_forward_param_sync
+        if apart or self.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            broadcast_buffers(self.module, self._buffer_group or self.process_group)
         out = self.module(*inputs, **kwargs)
         # As in torch's class, a forward without a reduction after it leaves the buffers as they are.
         self.require_forward_param_sync = torch.is_grad_enabled() and bool(self.require_backward_grad_sync)
@@ -82,21 +79,13 @@ class AveragedDataParallel(DistributedDataParallel):
         raise ValueError("join: every rank must take the same number of steps; see data_parallel_sampler(drop_last=)")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
-def _broadcast_buffers(module: nn.Module, group: ProcessGroup) -> None:
-    # Of the data alone, as torch's class does it: a forward before this one may have kept a buffer for its backward.
-    broadcast_tensors([buffer.data for buffer in module.buffers()], group)
-
-
 def _reducible(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters that may be trained, now or later."""
     found = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     return {name: p for name, p in found.items() if not local_of(p).is_meta}
 
 
-def apply_ddp(
-    model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str, Any] | None = None, **options: Any
-) -> nn.Module:
+def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, **options: Any) -> nn.Module:
     """Average the gradients of a model over data-parallel ranks while the backward runs, on CPU and GPU.
 
     Apply it after domain and tensor parallelism. All ranks start with the weights of the first one. Each backward
@@ -108,26 +97,22 @@ def apply_ddp(
     axis is folded in, each rank takes them from the rank of the first replica with its own domain coordinate, because
     domain ranks may have buffers of their own rows.
 
+    Returns a DistributedDataParallel; the model itself where no parameter is trained, or all that are trained are
+    DTensors, whose gradients are averaged all the same.
+
     Args:
-        model: The model, on its device.
         dp_mesh: The dp axis; or dp x domain as one axis (:func:`credit_parallel.mesh.fold_domain`), whose gradients are
             averaged over the domain ranks too. None, an axis of one rank, leaves the model as it is.
-        conf: ``trainer.find_unused_parameters`` may be true or false; unused parameters are handled either way.
         **options: Of DistributedDataParallel ``broadcast_buffers`` (``forward_sync_buffers`` in newer versions of
             torch) and ``bucket_cap_mb``. ``find_unused_parameters``, ``static_graph`` and ``gradient_as_bucket_view``
-            are taken, and not needed.
-
-    Returns:
-        The wrapped model, a DistributedDataParallel; the model itself where no parameter is trained, or all that are
-        trained are DTensors. Their gradients are averaged all the same.
+            are taken, here or in the configuration, and not needed.
 
     Raises:
         ValueError: If the model is sharded by FSDP2 or wrapped already, has sparse gradients, or the mesh has several
             axes or spans a part of the domain ranks; for another option.
 
-    Collectives:
-        Broadcasts of the weights over the mesh; in each backward, sums of buckets. Every rank's backward must reach a
-        parameter of the model, or the rank must call :func:`credit_parallel.domain.sync_domain_gradients`.
+    Collectives: broadcasts of the weights over the mesh; in each backward, sums of buckets. Every rank's backward must
+    reach a parameter of the model, or the rank must call :func:`credit_parallel.domain.sync_domain_gradients`.
     """
     if dp_mesh is None or dp_mesh.size() == 1:
         return model
@@ -139,18 +124,17 @@ def apply_ddp(
     _refuse_sparse(model)
     manager = manager_of(model)
     folds, group = covers_domain(dp_mesh, manager), dp_mesh.get_group()
-    own_sync = folds and options.get("broadcast_buffers", True) and options.get(_SYNC_BUFFERS, True)
     buffers, bucket_bytes = _known(options)
-    if folds:
-        buffers = {_SYNC_BUFFERS: False}
-    start_equal(model, [group], [manager.data_parallel_group] if folds else None)
+    apart = manager.data_parallel_group if folds else None
+    start_equal(model, [group], None if apart is None else [apart])
     parameters = _reducible(model)
     trained = [p for p in parameters.values() if p.requires_grad]
     wrapped = model
     if any(not isinstance(p, DTensor) for p in trained):
-        wrapped = AveragedDataParallel(model, group, bucket_bytes, **buffers)
-        if own_sync and manager.dp_world_size > 1:
-            sync_before_forward(wrapped, manager)
+        wanted = apart if all(buffers.values()) else None
+        wrapped = AveragedDataParallel(
+            model, group, wanted, bucket_bytes, **({_SYNC_BUFFERS: False} if folds else buffers)
+        )
     elif parameters:
         GradientReducer(model, parameters, group, bucket_bytes)
     if not trained:

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from credit_domain import manager as manager_module
-from credit_domain.domain import domain_of, sizes_of
+from credit_domain.extend import domain_of, sizes_of
 from credit_domain.sharding import gather_tensor, shard_tensor
 from credit_halo import naming_missing_ranks, take_rows
-from credit_halo.agreement import agree
+from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_parallel
 from credit_parallel._torch_private import root_of
 from credit_parallel.collectives import allreduce_grads_avg, start_equal
@@ -31,24 +31,19 @@ def apply_domain_parallel(
     """Convert a model, in place, so that it works on the rows of one domain rank with the numbers of one rank.
 
     Apply it first, before tensor parallelism and FSDP2 or DDP. Domain ranks start with the weights of the first one.
+    The model has the manager as ``_domain_parallel_manager`` then.
 
     Args:
-        model: The model.
         domain_mesh_or_manager: The domain axis of the device mesh, the whole mesh, or a manager. From a mesh the
             manager of this process is made (:func:`credit_mesh.initialize_domain_parallel`), unless there is one of
             these ranks already.
         shard_dim: The sharded dim; None is that of the manager, or -2, latitude.
-        **options: Those of :func:`credit_domain.convert.convert_to_domain_parallel`.
-
-    Returns:
-        The model, with the manager as ``_domain_parallel_manager``.
+        **options: Those of :func:`credit_domain.convert.convert_to_domain_parallel`, as are errors.
 
     Raises:
-        ValueError: If the mesh has no domain axis or the present manager is of other ranks; and as
-            ``convert_to_domain_parallel``.
+        ValueError: If the mesh has no domain axis or the present manager is of other ranks.
 
-    Collectives:
-        Broadcasts of the weights over the domain ranks.
+    Collectives: broadcasts of the weights over the domain ranks.
     """
     from credit_domain.convert import convert_to_domain_parallel
 
@@ -117,8 +112,7 @@ def shard_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Tens
 def gather_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Tensor:
     """The rows of all ranks, on every rank: undoes :func:`shard_spatial`; see ``gather_tensor``.
 
-    Differentiable; between the steps of a rollout pass it a detached tensor. Without a manager, or with a domain of one
-    rank, the tensor itself.
+    Differentiable; between the steps of a rollout pass it a detached tensor.
     """
     if manager is None or manager.domain_parallel_size == 1:
         return tensor
@@ -128,20 +122,17 @@ def gather_spatial(tensor: Tensor, manager: DomainParallelManager | None) -> Ten
 def shard_lat_weights(weights: Tensor, target_h: int) -> Tensor:
     """The weights of this rank's latitudes, for a loss of sharded fields.
 
+    Weights that have ``target_h`` rows, or a single one for all, are returned as they are.
+
     Args:
         weights: Weights of all latitudes: of shape (H,), or with rows along dim -2, such as (H, W) or (1, 1, H, 1).
         target_h: Rows of the target that they are for.
-
-    Returns:
-        This rank's rows of the weights. Weights that have ``target_h`` rows, or a single one for all, are returned as
-        they are.
 
     Raises:
         ValueError: If the weights have another height than the target: where rows are divided, on all ranks alike, if
             any rank has a target of other rows than :func:`shard_spatial` gives it.
 
-    Collectives:
-        A small all-gather the first time that weights are sharded.
+    Collectives: a small all-gather the first time that weights are sharded.
     """
     manager = manager_module.get_domain_parallel_manager()  # at each call: it may be made after the loss
     dim = max(-2, -weights.ndim)
@@ -169,10 +160,10 @@ def shard_lat_weights(weights: Tensor, target_h: int) -> Tensor:
 def unpad_shard_interp(
     y_pred: Tensor, padding_opt: Any, manager: DomainParallelManager | None, image_h: int, image_w: int
 ) -> Tensor:
-    """Cut off the padding of a prediction, and move its rows to where those of the target are.
+    """Cut off the padding of a prediction, and move its rows to where :func:`shard_spatial` puts those of the target.
 
     The boundary padding was put on the whole field, which was sharded then. Without its padded rows the shards are no
-    longer those of the target; rows are moved, and nothing is ever resized.
+    longer those of the target; rows are moved, differentiably, and nothing is ever resized.
 
     Args:
         y_pred: Prediction (..., H, W) on the padded grid: this rank's rows of it, however they are divided.
@@ -182,15 +173,10 @@ def unpad_shard_interp(
         image_h: Rows of the target of all ranks.
         image_w: Its columns.
 
-    Returns:
-        The rows of the prediction that :func:`shard_spatial` gives this rank of the target. Differentiable.
-
     Raises:
         ValueError: On all ranks alike, if the field without its padding is of another size than the target.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
-    Collectives:
-        A message to each rank that some of its rows move to; a small all-gather the first time.
+    Collectives: a message to each rank that some of its rows move to; a small all-gather the first time.
     """
     north_south = tuple(getattr(padding_opt, "pad_NS", (0, 0)))
     west_east = tuple(getattr(padding_opt, "pad_WE", (0, 0)))
@@ -242,18 +228,14 @@ def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | Non
     ranks already (:func:`credit_parallel.mesh.fold_domain`), nothing is done. A parameter that has a gradient on some
     ranks only gets one on all: no gradient counts as zeros.
 
-    Args:
-        model: The model.
-        manager: The manager; None, or a domain of one rank, has no gradients to average over domain ranks.
-
     Raises:
         ValueError: On all ranks alike, if ranks have other parameters, or a gradient is sparse, or sharded over the
             domain ranks without :func:`credit_parallel.fsdp2.apply_fsdp2`; naming them, if parameters with a gradient
             joined the model after DDP or FSDP2 wrapped it, so that nothing averages it.
 
-    Collectives:
-        One sum of a number for each parameter, and those of :func:`credit_parallel.collectives.allreduce_grads_avg`.
-        Under DDP, those of a backward, if the last backward averaged nothing.
+    Collectives: one sum of a number for each parameter, and those of
+    :func:`credit_parallel.collectives.allreduce_grads_avg`. Under DDP, those of a backward, if the last backward
+    averaged nothing.
     """
     raw: nn.Module = get_raw_model(model)
     reducer = reducer_of(raw)

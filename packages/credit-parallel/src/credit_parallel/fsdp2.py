@@ -27,9 +27,7 @@ from credit_parallel.blocks import (
     _apply_activation_checkpointing,
     _has_fsdp2_shard,
     blocks_of,
-    flag,
     is_sharded,
-    trainer_of,
 )
 from credit_parallel.collectives import start_equal
 from credit_parallel.domain import get_raw_model, manager_of
@@ -41,6 +39,7 @@ from credit_parallel.state_dicts import (
     fsdp2_optimizer_state_dict,
     fsdp2_state_dict,
 )
+from credit_parallel.trainer_section import Conf, flag, trainer_of
 
 __all__ = [
     "BLOCK_CLASSES",
@@ -59,12 +58,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str, Any] | None = None) -> nn.Module:
+def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None) -> nn.Module:
     """Shard a model's parameters over data-parallel ranks, in place: blocks one by one, then what is left.
 
     Apply it after domain and tensor parallelism, and make the optimizer after it. All ranks start with the weights of
     the first one. Gradients are averaged over the ranks of the mesh. Complex parameters stay whole on every rank, since
-    fully_shard does not take them, and their gradients are averaged as under DDP.
+    fully_shard does not take them, and their gradients are averaged as under DDP. ``_fsdp2_folds_domain`` of the model
+    says whether gradients are averaged over the domain ranks too.
 
     ``conf["trainer"]`` is asked for:
 
@@ -77,20 +77,15 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Mapping[str,
     Args:
         model: The model; blocks are its modules of ``BLOCK_CLASSES``, those with ``_fsdp2_shard = True``, and those
             that conf names.
-        dp_mesh: The dp axis; dp x domain as one axis (``fold_domain``); or two axes, to replicate over the first
-            and shard over the second. None is all ranks that do not differ in their tp coordinate.
-        conf: The whole configuration, or its ``trainer`` section.
-
-    Returns:
-        The model. Its ``_fsdp2_folds_domain`` says whether gradients are averaged over the domain ranks too.
+        dp_mesh: The dp axis; dp x domain as one axis (``fold_domain``); or two axes, to replicate over the first and
+            shard over the second. None is all ranks that do not differ in their tp coordinate.
 
     Raises:
         ValueError: If torch.distributed is not initialised, the model is sharded already or is a
             DistributedDataParallel, the mesh has more axes or spans tp ranks or a part of the domain ranks, conf names
             blocks that are not there, two blocks share a parameter, or a block has parameters of several dtypes.
 
-    Collectives:
-        Broadcasts of the weights over the mesh.
+    Collectives: broadcasts of the weights over the mesh.
     """
     if not dist.is_initialized():
         raise ValueError("apply_fsdp2 needs torch.distributed: call torch.distributed.init_process_group() first")
@@ -248,17 +243,12 @@ _DTYPES = {
 _DTYPE_KEYS = ("param_dtype", "reduce_dtype", "output_dtype")
 
 
-def _build_mp_policy(conf: Mapping[str, Any] | None) -> MixedPrecisionPolicy:
+def _build_mp_policy(conf: Conf) -> MixedPrecisionPolicy:
     """The mixed precision that a configuration asks for.
 
-    Args:
-        conf: The whole configuration, or its ``trainer`` section. ``fsdp2_mp_policy`` has any of ``param_dtype``,
-            ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``, ``"BFloat16"`` or ``"Half"``, or None to
-            leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the model alike. Without it,
-            ``amp: True`` is bfloat16 parameters and float32 reductions.
-
-    Raises:
-        ValueError: If a key is unknown, or a value no name of a floating-point dtype.
+    ``fsdp2_mp_policy`` has any of ``param_dtype``, ``reduce_dtype``, ``output_dtype`` (names such as ``"bfloat16"``,
+    ``"BFloat16"`` or ``"Half"``, or None to leave it as it is) and ``cast_forward_inputs`` (a bool), for blocks and the
+    model alike. Without it, ``amp: True`` is bfloat16 parameters and float32 reductions.
     """
     trainer = trainer_of(conf)
     given = trainer.get("fsdp2_mp_policy")

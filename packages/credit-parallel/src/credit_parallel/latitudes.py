@@ -10,13 +10,9 @@ ROUNDING = 1e-4
 
 
 def checked_latitudes(latitudes: Tensor) -> Tensor:
-    """Latitudes in float64; one within rounding of a pole, such as 90.0000025, is the pole.
+    """Latitudes, degrees north, in float64; one within rounding of a pole, such as 90.0000025, is the pole.
 
-    Args:
-        latitudes: Degrees north, of any shape.
-
-    Raises:
-        ValueError: If one is farther than rounding beyond a pole, or not a number.
+    A ValueError refuses what is farther beyond a pole, or not a number.
     """
     found = torch.as_tensor(latitudes).to(torch.float64)
     wrong = ~(found.abs() <= 90 + ROUNDING)
@@ -28,14 +24,7 @@ def checked_latitudes(latitudes: Tensor) -> Tensor:
 
 
 def check_order(latitudes: Tensor) -> None:
-    """Make sure that latitudes are in order.
-
-    Args:
-        latitudes: Degrees north.
-
-    Raises:
-        ValueError: If they are not 1-D, or neither increase nor decrease from each to the next.
-    """
+    """Raise a ValueError unless latitudes are 1-D and increase, or decrease, from each to the next."""
     if latitudes.ndim != 1 or not len(latitudes):
         raise ValueError(f"latitudes must be 1-D and in order, one or more of them; got shape {tuple(latitudes.shape)}")
     steps = latitudes.diff()

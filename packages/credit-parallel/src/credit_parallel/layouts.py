@@ -8,7 +8,7 @@ and parameters of P bytes in the dtype that computes, all as a ring sends them f
   the gradients, (n - 1) / n G; what is in no block stays gathered between the two;
 - tensor parallelism sums A bytes of activations in 2 (t - 1) / t A, and moves rows of fused weights (``_tp_parts``).
 
-Halos are those of :func:`credit_domain.planning.plan_domain_parallel`, a bound: the busiest rank of each layer is
+Halos are those of :func:`credit_domain.model.planning.plan_domain_parallel`, a bound: the busiest rank of each layer is
 counted, and a backward as a forward. What norms sum is left out: a few numbers for each.
 
 Ring collectives: P. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
@@ -16,221 +16,29 @@ Ring collectives: P. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from credit_domain import plan_domain_parallel
+from credit_domain import DomainPlan, PlannedLayer, granularity_of, plan_domain_parallel
 from credit_domain.blocks import Block, WindowAttention
-from credit_domain.planning import DomainPlan, PlannedLayer
-from credit_domain.stride import granularity_of
-from credit_domain.trace import LayerCall, meta_copy, trace
+from credit_domain.extend import LayerCall, meta_copy, trace
 from credit_mesh import RowPartition
 from credit_parallel.blocks import blocks_of
+from credit_parallel.layout_table import LayoutPlan, LayoutPlans, Memory, Skipped, size
 from credit_parallel.memory import StepCost, step_cost
+from credit_parallel.trainer_section import Conf
+
+__all__ = ["LayoutPlan", "LayoutPlans", "Memory", "Skipped", "plan_layouts"]
 
 _LAT = -2
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Memory of the rank that needs the most, in bytes.
-
-    Attributes:
-        parameters: Its share of them.
-        gradients: Its share of those; twice with ddp, which has a copy in its buckets.
-        optimizer: The optimizer's states of its share.
-        gathered: With fsdp2, parameters while they are used: of no block, of two blocks, and the gradients of one.
-        activations: What autograd keeps for the backward.
-        fields: The input, and for each step of a rollout the target and the error.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    activations: int
-    fields: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(getattr(self, each.name) for each in fields(self))
-
-
-@dataclass(frozen=True)
-class LayoutPlan:
-    """One layout, and what a step of the optimizer costs on its busiest rank.
-
-    Attributes:
-        data: How replicas are kept in step: ``fsdp2``, ``ddp`` or ``none``.
-        dp: Replicas.
-        tensor: Ranks that share the channels.
-        domain: Ranks that share the rows.
-        samples: Samples of each replica.
-        accumulate: Parts in which it works through them.
-        partition: Rows of each domain rank.
-        halo_bytes: Sent between domain ranks, forward and backward.
-        halo_messages: In which they are sent.
-        gradient_bytes: Sent for gradients and parameters.
-        tensor_bytes: Sent between tensor-parallel ranks.
-        memory: What it needs.
-        fits: Whether that fits; None where no memory was given.
-        domain_plan: The exchanges of a forward, layer by layer; None for a single domain rank.
-    """
-
-    data: str
-    dp: int
-    tensor: int
-    domain: int
-    samples: int
-    accumulate: int
-    partition: RowPartition
-    halo_bytes: int
-    halo_messages: int
-    gradient_bytes: int
-    tensor_bytes: int
-    memory: Memory
-    fits: bool | None
-    domain_plan: DomainPlan | None = field(repr=False, compare=False)
-
-    @property
-    def bytes(self) -> int:
-        """All that the rank sends."""
-        return self.halo_bytes + self.gradient_bytes + self.tensor_bytes
-
-    @property
-    def name(self) -> str:
-        """Such as ``fsdp2, dp 2 x tensor 1 x domain 4``."""
-        return f"{self.data}, dp {self.dp} x tensor {self.tensor} x domain {self.domain}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """In dicts, numbers and text, without the layers."""
-        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "domain_plan"}
-        memory = {**asdict(self.memory), "total": self.memory.total}
-        return {**plain, "partition": list(self.partition.sizes), "memory": memory, "bytes": self.bytes}
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A degree, or a combination of them, that does not fit, and why."""
-
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class LayoutPlans:
-    """The layouts of a world; prints as a table.
-
-    Attributes:
-        model: Class of the model.
-        parameters: How many it has.
-        input_shape: Shape of one sample, (1, C, H, W), of the whole grid.
-        world: Number of ranks.
-        batch_size: Samples of a step, on all replicas together.
-        gpu_memory: Bytes of memory of a rank; None where none were given.
-        granularity: Rows in a block of the partition.
-        layouts: Those that the model, the rows and the batch allow.
-        skipped: What they do not allow.
-        chosen: The layout to take; None if none fits.
-        why: Why that one.
-        notes: What is not counted.
-    """
-
-    model: str
-    parameters: int
-    input_shape: tuple[int, ...]
-    world: int
-    batch_size: int
-    gpu_memory: int | None
-    granularity: int
-    layouts: tuple[LayoutPlan, ...]
-    skipped: tuple[Skipped, ...]
-    chosen: LayoutPlan | None
-    why: str
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """In dicts, lists, numbers and text; the layers are those of the chosen layout."""
-        plain = {each.name: getattr(self, each.name) for each in fields(self)}
-        chosen = self.chosen
-        layers = None if chosen is None or chosen.domain_plan is None else chosen.domain_plan.to_dict()["layers"]
-        return {
-            **plain,
-            "input_shape": list(self.input_shape),
-            "layouts": [layout.to_dict() for layout in self.layouts],
-            "skipped": [asdict(each) for each in self.skipped],
-            "chosen": None if chosen is None else {**chosen.to_dict(), "layers": layers},
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        shape = " x ".join(map(str, self.input_shape[1:]))
-        have = "" if self.gpu_memory is None else f" of {size(self.gpu_memory)} each"
-        lines = [
-            f"{self.model}, {self.parameters / 1e6:.2f} M parameters; samples of {shape}, {self.batch_size} in a step; "
-            f"{self.world} rank(s){have}; rows in blocks of {self.granularity}"
-        ]
-        if self.layouts:
-            lines += ["", *_table(self)]
-        if self.skipped:
-            lines += ["", *(f"not {each.what}: {each.reason}" for each in self.skipped)]
-        lines += ["", *(f"note: {note}" for note in self.notes)]
-        lines.append(f"take: {self.chosen.name}: {self.why}" if self.chosen else f"take none of these: {self.why}")
-        return "\n".join(lines)
-
-
-def _table(plans: LayoutPlans) -> Iterator[str]:
-    header = (
-        "",
-        "data",
-        "dp",
-        "tensor",
-        "domain",
-        "rows",
-        "parts",
-        "halo",
-        "messages",
-        "gradients",
-        "sums",
-        "memory",
-    )
-    table: list[tuple[str, ...]] = [header]
-    for layout in plans.layouts:
-        sizes = layout.partition.sizes
-        rows = f"{min(sizes)}-{max(sizes)}" if min(sizes) != max(sizes) else str(sizes[0])
-        mark = "->" if layout is plans.chosen else ""
-        memory = size(layout.memory.total) + ("  too much" if layout.fits is False else "")
-        degrees = map(str, (layout.dp, layout.tensor, layout.domain))
-        sent = (
-            size(layout.halo_bytes),
-            str(layout.halo_messages),
-            size(layout.gradient_bytes),
-            size(layout.tensor_bytes),
-        )
-        table.append((mark, layout.data, *degrees, rows, str(layout.accumulate), *sent, memory))
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    texts = ("", "data", "memory")
-    for row in table:
-        cells = zip(header, row, widths, strict=True)
-        yield "  ".join(cell.ljust(w) if name in texts else cell.rjust(w) for name, cell, w in cells).rstrip()
-
-
-def size(number: float) -> str:
-    """Bytes for people: ``1.50 GiB``."""
-    power = 0
-    while number >= 1023.5 and power < 4:
-        number, power = number / 1024, power + 1
-    digits = 0 if power == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{digits}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-@dataclass(frozen=True)
-class _Step:
+class _Request:
     """What is asked for."""
 
     world: int
@@ -255,7 +63,7 @@ def plan_layouts(
     optimizer_states: int = 2,
     accumulate: int = 1,
     rollout: int = 1,
-    conf: Mapping[str, Any] | None = None,
+    conf: Conf = None,
 ) -> LayoutPlans:
     """List the layouts of a world that fit a model, its rows and a batch, what each costs, and which to take.
 
@@ -274,10 +82,9 @@ def plan_layouts(
         amp: Compute in bfloat16.
         activation_checkpoint: Recompute blocks in the backward.
         optimizer_states: Numbers that the optimizer keeps for each parameter: 2 for AdamW, 0 for plain SGD.
-        accumulate: Parts in which a replica works through its samples, at least. Where memory is given and does not
-            suffice, there are more.
+        accumulate: Micro-batches in which a replica works through its samples, at least. Where memory is given and does
+            not suffice, there are more.
         rollout: Steps of the model that a loss spans.
-        conf: May list more blocks, see ``trainer.fsdp2_blocks``.
 
     Raises:
         ValueError: If an argument is out of range, or the model cannot be run for its shapes.
@@ -289,10 +96,10 @@ def plan_layouts(
     shape = (1, *input_shape[1:])
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"input_shape must be that of a sample, (1, C, H, W); got {tuple(input_shape)}")
-    step = _Step(world, batch_size, gpu_memory, amp, activation_checkpoint, optimizer_states, accumulate, rollout)
-    costs, skipped = _tensor_costs(model, shape, step, conf)
-    domain = _Domain(model, shape, step, conf)
-    partitions, unfit = domain.partitions()
+    request = _Request(world, batch_size, gpu_memory, amp, activation_checkpoint, optimizer_states, accumulate, rollout)
+    costs, skipped = _tensor_costs(model, shape, request, conf)
+    splits = _RowSplits(model, shape, request, conf)
+    partitions, unfit = splits.partitions()
     layouts = []
     no_batch: set[int] = set()
     for tensor, cost in costs.items():
@@ -304,17 +111,17 @@ def plan_layouts(
                 no_batch.add(dp)
                 continue
             layouts += [
-                _fitted(step, mode, dp, tensor, partition, cost, domain.plans[degree], domain.again[degree])
+                _fitted(request, mode, dp, tensor, partition, cost, splits.domain_plans[degree], splits.again[degree])
                 for mode in ("none", "ddp", "fsdp2")
                 if (mode != "none" or dp == 1) and (mode == "none" or dp * degree > 1)
             ]
     skipped += unfit
     if no_batch:
-        parts = f" in {accumulate} parts each" if accumulate > 1 else ""
+        parts = f" in {accumulate} micro-batches each" if accumulate > 1 else ""
         reason = f"a batch of {batch_size} sample(s) does not divide over as many replicas{parts}"
         skipped.append(Skipped(f"dp {_listed(sorted(no_batch))}", reason))
     layouts.sort(key=lambda layout: (layout.tensor * layout.domain, layout.tensor))
-    chosen, why = _choose(layouts, step)
+    chosen, why = _choose(layouts, request)
     return LayoutPlans(
         model=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -322,12 +129,12 @@ def plan_layouts(
         world=world,
         batch_size=batch_size,
         gpu_memory=gpu_memory,
-        granularity=domain.granularity,
+        granularity=splits.granularity,
         layouts=tuple(layouts),
         skipped=tuple(skipped),
         chosen=chosen,
         why=why,
-        notes=tuple(domain.notes),
+        notes=tuple(splits.notes),
     )
 
 
@@ -336,14 +143,14 @@ def _divisors(number: int) -> list[int]:
 
 
 def _tensor_costs(
-    model: nn.Module, shape: tuple[int, ...], step: _Step, conf: Mapping[str, Any] | None
+    model: nn.Module, shape: tuple[int, ...], request: _Request, conf: Conf
 ) -> tuple[dict[int, StepCost], list[Skipped]]:
     """What a sample costs at each tensor-parallel degree that the model's declarations allow."""
-    costs = {1: step_cost(model, shape, amp=step.amp, conf=conf)}
+    costs = {1: step_cost(model, shape, amp=request.amp, conf=conf)}
     reasons: dict[str, list[int]] = {}
-    for tensor in _divisors(step.world)[1:]:
+    for tensor in _divisors(request.world)[1:]:
         try:
-            costs[tensor] = step_cost(model, shape, tensor=tensor, amp=step.amp, conf=conf)
+            costs[tensor] = step_cost(model, shape, tensor=tensor, amp=request.amp, conf=conf)
         except ValueError as error:
             reasons.setdefault(str(error).replace(f"degree {tensor}", "degree"), []).append(tensor)
     return costs, [Skipped(f"tensor {_listed(degrees)}", reason) for reason, degrees in reasons.items()]
@@ -353,13 +160,13 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-class _Domain:
+class _RowSplits:
     """The partitions of a model's rows and the exchanges that they take."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], step: _Step, conf: Mapping[str, Any] | None) -> None:
-        self.shape, self.world = shape, step.world
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], request: _Request, conf: Conf) -> None:
+        self.shape, self.world = shape, request.world
         self.ghost = meta_copy(model)
-        if step.amp:
+        if request.amp:
             self.ghost.to(torch.bfloat16)
         self.granularity = granularity_of(self.ghost, _LAT, input_shape=shape)
         self.windows = trace(self.ghost, shape, lambda module: isinstance(module, WindowAttention))
@@ -367,8 +174,8 @@ class _Domain:
             n for n, m in self.ghost.named_modules() if isinstance(m, Block) and not isinstance(m, WindowAttention)
         ]
         self.notes = [f"what {', '.join(others)} send(s) is not counted"] if others else []
-        self.blocks = tuple(blocks_of(model, conf)) if step.recompute else ()
-        self.plans: dict[int, DomainPlan | None] = {1: None}
+        self.blocks = tuple(blocks_of(model, conf)) if request.recompute else ()
+        self.domain_plans: dict[int, DomainPlan | None] = {1: None}
         self.again: dict[int, tuple[int, int]] = {1: (0, 0)}
 
     def partitions(self) -> tuple[dict[int, RowPartition], list[Skipped]]:
@@ -385,17 +192,17 @@ class _Domain:
                 reasons.setdefault(reason, []).append(degree)
                 continue
             try:
-                plan = self._plan(degree, partition)
+                plan = self._domain_plan(degree, partition)
             except ValueError as error:
                 reasons.setdefault(str(error), []).append(degree)
                 continue
-            found[degree], self.plans[degree] = partition, plan
+            found[degree], self.domain_plans[degree] = partition, plan
             again = [each for each in plan.layers if f"{each.name}.".startswith(tuple(f"{b}." for b in self.blocks))]
             self.again[degree] = (sum(layer.bytes for layer in again), sum(layer.messages for layer in again))
             self.notes += [note for note in plan.notes if note not in self.notes]
         return found, [Skipped(f"domain {_listed(degrees)}", reason) for reason, degrees in reasons.items()]
 
-    def _plan(self, degree: int, partition: RowPartition) -> DomainPlan:
+    def _domain_plan(self, degree: int, partition: RowPartition) -> DomainPlan:
         plan = plan_domain_parallel(self.ghost, self.shape, degree, partition=partition)
         at = {partition.rows: partition}
         for layer in plan.layers:
@@ -414,12 +221,7 @@ class _Domain:
 def window_layer(call: LayerCall, source: RowPartition) -> PlannedLayer | None:
     """What attention within windows sends: rows to the owner of their window's first row, and back.
 
-    Args:
-        call: A call of a :class:`credit_domain.blocks.WindowAttention`.
-        source: Partition of its rows.
-
-    Returns:
-        None where windows are dilated or wrap around along the rows, as no one needs who shards latitude.
+    None where windows are dilated or wrap around along the rows, as no one needs who shards latitude.
     """
     module: Any = call.module
     at = len(module.window) + module.dim
@@ -460,92 +262,96 @@ def window_layer(call: LayerCall, source: RowPartition) -> PlannedLayer | None:
     )
 
 
-def _fitted(step: _Step, mode: str, dp: int, *how: Any) -> LayoutPlan:
-    """A layout in as few parts as memory allows."""
-    samples = step.batch_size // dp
+def _fitted(request: _Request, mode: str, dp: int, *how: Any) -> LayoutPlan:
+    """A layout in as few micro-batches as memory allows."""
+    samples = request.batch_size // dp
     for parts in _divisors(samples):
-        if parts >= step.accumulate:
-            layout = _layout(replace(step, accumulate=parts), mode, dp, *how)
+        if parts >= request.accumulate:
+            layout = _layout(replace(request, accumulate=parts), mode, dp, *how)
             if layout.fits is not False:
                 break
     return layout
 
 
 def _layout(
-    step: _Step,
+    request: _Request,
     mode: str,
     dp: int,
     tensor: int,
     partition: RowPartition,
     cost: StepCost,
-    plan: DomainPlan | None,
+    domain_plan: DomainPlan | None,
     again: tuple[int, int],
 ) -> LayoutPlan:
     """The formulas at the top of this module."""
-    degree, samples = partition.ranks, step.batch_size // dp
-    runs = step.accumulate * step.rollout  # forwards of a step, and as many backwards
-    forwards = samples * step.rollout  # of one sample
+    degree, samples = partition.ranks, request.batch_size // dp
+    runs = request.accumulate * request.rollout  # forwards of a step, and as many backwards
+    forwards = samples * request.rollout  # of one sample
     share = max(partition.sizes) / partition.rows
     ranks = dp * degree
     ring = (ranks - 1) / ranks
     halo = messages = 0
-    if plan is not None:
-        halo = (2 * plan.bytes + step.recompute * again[0]) * forwards
-        messages = (2 * plan.messages + step.recompute * again[1]) * runs
-    narrower = 2 if step.amp else 1
+    if domain_plan is not None:
+        halo = (2 * domain_plan.bytes + request.recompute * again[0]) * forwards
+        messages = (2 * domain_plan.messages + request.recompute * again[1]) * runs
+    narrower = 2 if request.amp else 1
     if mode == "fsdp2":
         gathers = (2 * cost.parameters - cost.root) / narrower * runs
         gradient_bytes = ring * (gathers + cost.parameters)
     else:
         gradient_bytes = 2 * ring * cost.parameters
-    sums = cost.tensor_forward + cost.tensor_backward + step.recompute * cost.tensor_again
-    tensor_bytes = 2 * (tensor - 1) / tensor * sums * share * forwards + (2 + step.recompute) * cost.fused_sent * runs
-    memory = _memory(step, mode, ranks, samples, share, cost, 0 if plan is None else plan.bytes)
+    sums = cost.tensor_forward + cost.tensor_backward + request.recompute * cost.tensor_again
+    tensor_bytes = (
+        2 * (tensor - 1) / tensor * sums * share * forwards + (2 + request.recompute) * cost.fused_sent * runs
+    )
+    memory = _memory(request, mode, ranks, samples, share, cost, 0 if domain_plan is None else domain_plan.bytes)
     return LayoutPlan(
         data=mode,
         dp=dp,
         tensor=tensor,
         domain=degree,
         samples=samples,
-        accumulate=step.accumulate,
+        accumulate=request.accumulate,
         partition=partition,
         halo_bytes=halo,
         halo_messages=messages,
         gradient_bytes=round(gradient_bytes),
         tensor_bytes=round(tensor_bytes),
         memory=memory,
-        fits=None if step.gpu_memory is None else memory.total <= step.gpu_memory,
-        domain_plan=plan,
+        fits=None if request.gpu_memory is None else memory.total <= request.gpu_memory,
+        domain_plan=domain_plan,
     )
 
 
-def _memory(step: _Step, mode: str, ranks: int, samples: int, share: float, cost: StepCost, halo: int) -> Memory:
+def _memory(request: _Request, mode: str, ranks: int, samples: int, share: float, cost: StepCost, halo: int) -> Memory:
     own = -(-cost.parameters // ranks) if mode == "fsdp2" else cost.parameters
-    narrower = 2 if step.amp else 1
-    at_once = samples // step.accumulate
-    kept = (cost.recomputed if step.recompute else cost.kept) * share + halo  # layers keep the rows that they were sent
+    narrower = 2 if request.amp else 1
+    at_once = samples // request.accumulate
+    kept = (
+        cost.recomputed if request.recompute else cost.kept
+    ) * share + halo  # layers keep the rows that they were sent
     return Memory(
         parameters=own,
         gradients=own * (2 if mode == "ddp" else 1),
-        optimizer=own * step.states,
+        optimizer=own * request.states,
         gathered=(cost.root + 3 * cost.largest) // narrower if mode == "fsdp2" else 0,
-        activations=round(kept * at_once * step.rollout) + cost.fused,
-        fields=round((cost.inputs + 2 * cost.outputs * step.rollout) * share * at_once),
+        activations=round(kept * at_once * request.rollout) + cost.fused,
+        fields=round((cost.inputs + 2 * cost.outputs * request.rollout) * share * at_once),
     )
 
 
-def _choose(layouts: Sequence[LayoutPlan], step: _Step) -> tuple[LayoutPlan | None, str]:
+def _choose(layouts: Sequence[LayoutPlan], request: _Request) -> tuple[LayoutPlan | None, str]:
     """The rule of :func:`plan_layouts`, and the reason in words."""
     if not layouts:
         return None, "no layout fits this model, its rows and the batch; see above for what limits each degree"
     fitting = [layout for layout in layouts if layout.fits is not False]
     if not fitting:
         least = min(layouts, key=lambda layout: layout.memory.total)
-        advice = "" if step.recompute else ", activation checkpointing"
-        advice += "" if step.amp else ", bfloat16 (amp)"
+        advice = "" if request.recompute else ", activation checkpointing"
+        advice += "" if request.amp else ", bfloat16 (amp)"
         return None, (
-            f"the least memory is {size(least.memory.total)} ({least.name}), more than {size(step.gpu_memory or 0)}; "
-            f"try more ranks{advice}, or a smaller batch"
+            f"the least memory is {size(least.memory.total)} ({least.name}), more than "
+            f"{size(request.gpu_memory or 0)}; try more ranks{advice}, or a smaller batch"
         )
     chosen = min(fitting, key=lambda each: (each.tensor * each.domain, each.bytes, each.memory.total))
     shared = chosen.tensor * chosen.domain
@@ -553,7 +359,9 @@ def _choose(layouts: Sequence[LayoutPlan], step: _Step) -> tuple[LayoutPlan | No
     fewer = [layout for layout in layouts if layout.tensor * layout.domain < shared]
     most = max(layout.dp for layout in layouts)
     if chosen.dp == most and shared > 1:
-        why.append(f"{chosen.dp} replica(s) are the most for {step.batch_size} sample(s), so {shared} ranks share one")
+        why.append(
+            f"{chosen.dp} replica(s) are the most for {request.batch_size} sample(s), so {shared} ranks share one"
+        )
     elif shared > 1:
         smallest = min(layout.memory.total for layout in fewer)
         why.append(f"with fewer than {shared} ranks for a sample each needs {size(smallest)} or more")

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from credit_domain.domain import Domain, domain_of, sizes_of
+from credit_domain.extend import Domain, domain_of, sizes_of
 from credit_halo import all_mean, all_sum
-from credit_halo.agreement import agree
+from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager, RowPartition
 from credit_parallel.latitudes import check_order, checked_latitudes
 
@@ -33,32 +33,26 @@ def domain_mean(
 
     It takes the place of ``values.mean()``: ``domain_mean((prediction - target) ** 2).backward()``, and then average
     the gradients over the domain ranks. The mean is ``sum(w * values) / sum(w)`` over the elements that the mask keeps,
-    so weights need no scale: it is as if their mean over all rows were 1.
+    so weights need no scale: it is as if their mean over all rows were 1. The loss is a scalar of the dtype of
+    ``values``; float32 for 16-bit values, whose sum would overflow.
 
     A masked element may be NaN, but the gradient of what it came from is then NaN too (0 * NaN). Where a target has no
     value, fill it before the difference is taken, as in ``target.nan_to_num()``.
 
     Args:
         values: The loss of each element, not yet reduced, with this rank's rows along ``dim``; no rows will do.
-        manager: The manager; None takes the present one, and a single rank where there is none.
-        dim: The sharded dim.
         weights: Weight of each row, of shape (rows,): of this rank's rows, or of those of all ranks. Constants.
-        mask: True for the elements that count; broadcasts against ``values``. Without any on all ranks the loss is
-            NaN, as a mean of nothing is.
+        mask: True for the elements that count; broadcasts against ``values``. Without any on all ranks the loss is NaN,
+            as a mean of nothing is.
         partition: Rows of each rank, for example ``manager.partition``; where it is None, ranks ask each other.
-        label: What errors call this loss.
-
-    Returns:
-        A scalar of the dtype of ``values``; float32 for 16-bit values, whose sum would overflow.
 
     Raises:
-        ValueError: If ``values`` is no floating-point tensor or ``dim`` none of its dims; on all ranks alike, if a
-            rank has other rows than the partition says, its weights fit neither its rows nor those of all, its mask
-            does not fit, or other dims or dtypes differ. With ``partition`` this is compared at its first use.
+        ValueError: If ``values`` is no floating-point tensor or ``dim`` none of its dims; on all ranks alike, if a rank
+            has other rows than the partition says, its weights fit neither its rows nor those of all, its mask does not
+            fit, or other dims or dtypes differ. With ``partition`` this is compared at its first use.
 
-    Collectives:
-        None with ``partition``, after its first use, unless there is a mask or weights are of this rank's rows: then
-        one sum of a number. Without ``partition`` a small all-gather. None in the backward.
+    Collectives: none with ``partition``, after its first use, unless there is a mask or weights are of this rank's
+    rows: then one sum of a number. Without ``partition`` a small all-gather. None in the backward.
     """
     if not values.is_floating_point() or not -values.ndim <= dim < values.ndim:
         raise ValueError(
@@ -87,14 +81,9 @@ def domain_mean(
 
 
 def domain_value(loss: Tensor, manager: DomainParallelManager | None = None) -> Tensor:
-    """The loss of all rows, for a log: the mean of the domain ranks' losses, detached, the same on each.
+    """The loss of all rows, for a log: the mean of the ranks' :func:`domain_mean`, detached, the same on each.
 
-    Args:
-        loss: This rank's loss, as :func:`domain_mean` returns it.
-        manager: The manager; None takes the present one.
-
-    Collectives:
-        One sum over the domain ranks; none for a single one.
+    Collectives: one sum over the domain ranks; none for a single one.
     """
     domain = domain_of(manager)
     return loss.detach() if domain.size == 1 else all_mean(loss.detach(), domain.process_group)
@@ -111,25 +100,11 @@ def own_weights(
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's part of weights given for its rows or for all, in float64, and those of all where it has them.
 
-    Args:
-        x: A tensor with this rank's rows.
-        dim: The dim that weights belong to.
-        domain: The ranks that share it.
-        sizes: Rows of each of them.
-        label: What errors call this.
-        weights: Weights, of shape (rows,); None for equal ones.
-        mask: A mask that must fit ``x``.
+    ``x`` has this rank's rows along ``dim``; ``sizes`` are the rows of each rank of ``domain``; a mask must fit ``x``.
+    The first broadcasts against ``x``; the second is None if they are not known on each rank. What does not fit is a
+    ValueError on all ranks alike, as are weights of all rows on some ranks and of their own on others.
 
-    Returns:
-        Weights of a shape that broadcasts against ``x``, and the weights of all rows, or None if they are not known
-        on each rank.
-
-    Raises:
-        ValueError: On all ranks alike, if weights or mask do not fit, or some ranks have weights of all rows and
-            others of their own.
-
-    Collectives:
-        A small all-gather the first time.
+    Collectives: a small all-gather the first time.
     """
     mine, rows = sizes[domain.rank], sum(sizes)
     given = torch.ones(rows, device=x.device) if weights is None else weights.detach()
@@ -165,25 +140,17 @@ def _fits(mask: Tensor, x: Tensor) -> bool:
 
 
 def cos_latitude_weights(latitudes_deg: Tensor) -> Tensor:
-    """Cosine of each latitude: the length of its circle, relative to the equator's.
+    """Cosine of each latitude (degrees north): the length of its circle, relative to the equator's, in float64.
 
     That is the area of a row where rows are evenly spaced, to second order in their spacing; see
-    :func:`latitude_weights` for exact areas.
-
-    Args:
-        latitudes_deg: Latitudes in degrees north, of any shape.
-
-    Returns:
-        Weights of the same shape, in float64. They have no scale; what uses them divides by their sum over all rows.
-
-    Raises:
-        ValueError: If a latitude is not within -90 to 90.
+    :func:`latitude_weights` for exact areas. Weights have no scale; what uses them divides by their sum over all rows.
+    A latitude that is not within -90 to 90 is a ValueError.
     """
     return torch.cos(torch.deg2rad(checked_latitudes(latitudes_deg)))
 
 
 def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: bool | None = None) -> Tensor:
-    """Weight of each row of a grid, with a mean of 1 over all rows.
+    """Weight of each row of a grid, of shape (rows,), in float64, with a mean of 1 over all rows.
 
     - ``"cell"``: the area of a row's cells, exactly. Between latitudes a and b a sphere of radius 1 has the area
       2 pi (sin b - sin a); rows meet halfway between their latitudes, and the outer ones reach to the poles. A row at a
@@ -191,14 +158,11 @@ def latitude_weights(rows: int | Tensor, kind: str = "cell", *, pole_is_row: boo
     - ``"cos"``: the cosine of a row's latitude (:func:`cos_latitude_weights`); a row at a pole counts nothing.
 
     Args:
-        rows: Number of rows of a grid that is regular from pole to pole, or the latitudes of any grid in degrees,
-            all rows of it, from north to south or south to north.
+        rows: Number of rows of a grid that is regular from pole to pole, or the latitudes of any grid in degrees, all
+            rows of it, from north to south or south to north.
         kind: ``"cell"`` or ``"cos"``.
         pole_is_row: Whether the first and the last row of a regular grid lie at the poles (721 rows of 0.25 degrees) or
             half a row away from them (720). To be said where ``rows`` is a number.
-
-    Returns:
-        Weights of shape (rows,), in float64.
 
     Raises:
         ValueError: If ``kind`` is unknown, ``pole_is_row`` is missing or not asked for, or latitudes are not 1-D, in

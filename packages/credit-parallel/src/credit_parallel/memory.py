@@ -15,75 +15,61 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from credit_domain.casts import cast_module, real_dtype_of
-from credit_domain.trace import meta_copy
+from credit_domain.casts import cast_module
+from credit_domain.extend import meta_copy, real_dtype_of
 from credit_parallel.blocks import blocks_of
-from credit_parallel.tensor_parallel.checks import check_block, check_model
-from credit_parallel.tensor_parallel.declaration import BlockPlan, LayerPlan, declares, read_block
+from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declares
+from credit_parallel.tensor_parallel.validation import read_blocks
+from credit_parallel.trainer_section import Conf
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one sample of the whole grid costs on a rank that has a share of the channels; in bytes.
+    """What one sample of the whole grid costs on a rank that has a share of the channels; in bytes."""
 
-    Attributes:
-        parameters: Of parameters.
-        root: Of those that are in no block.
-        largest: Of those of the largest block.
-        kept: Of activations that autograd keeps for the backward, each storage once, parameters and buffers left out.
-        recomputed: The same where blocks are recomputed in the backward: what is kept outside of them and what goes
-            into them, and, while it is recomputed, the block that keeps the most.
-        tensor_forward: That row-parallel layers sum forward.
-        tensor_backward: That column-parallel layers sum backward.
-        tensor_again: Of ``tensor_forward``, those in blocks that may be recomputed.
-        inputs: Of the input.
-        outputs: Of the output.
-        fused: Of fused weights whose rows are rearranged at each forward, and kept so until the backward.
-        fused_sent: Of those rows, that the rank that sends the most sends.
-    """
-
-    parameters: int
-    root: int
-    largest: int
+    parameters: int  #: of all parameters
+    root: int  #: of those that are in no block
+    largest: int  #: of those of the largest block
+    #: Of activations that autograd keeps for the backward, each storage once, parameters and buffers left out.
     kept: int
+    #: The same where blocks are recomputed in the backward: what is kept outside of them and what goes into them, and,
+    #: while it is recomputed, the block that keeps the most.
     recomputed: int
-    tensor_forward: int
-    tensor_backward: int
-    tensor_again: int
-    inputs: int
-    outputs: int
-    fused: int
-    fused_sent: int
+    tensor_forward: int  #: that row-parallel layers sum forward
+    tensor_backward: int  #: that column-parallel layers sum backward
+    tensor_again: int  #: of ``tensor_forward``, those in blocks that may be recomputed
+    inputs: int  #: of the input
+    outputs: int  #: of the output
+    fused: int  #: of fused weights whose rows are rearranged at each forward, and kept so until the backward
+    fused_sent: int  #: of those rows, that the rank that sends the most sends
 
 
 def step_cost(
-    model: nn.Module, shape: Sequence[int], *, tensor: int = 1, amp: bool = False, conf: Mapping[str, Any] | None = None
+    model: nn.Module, shape: Sequence[int], *, tensor: int = 1, amp: bool = False, conf: Conf = None
 ) -> StepCost:
     """Run a copy of a model on the meta device, and add up.
 
     Args:
-        model: The model; it is not touched.
         shape: Shape of its input, of the whole grid; costs are those of as many samples.
         tensor: The tensor-parallel degree.
         amp: Whether activations are bfloat16.
-        conf: May list more blocks, see ``trainer.fsdp2_blocks``.
 
     Raises:
         ValueError: If blocks cannot be divided over ``tensor`` ranks, or the model cannot be run for its shapes.
     """
     ghost = meta_copy(model)
-    plans = narrow(ghost, tensor)
+    declarations = narrow(ghost, tensor)
     parameters = _bytes(ghost.parameters())
     blocks = blocks_of(ghost, conf)
     of_blocks = list(_parameters_of(blocks))
     largest = max((_bytes(own) for own in of_blocks), default=0)
     inside = {id(p) for own in of_blocks for p in own}
     root = _bytes(p for p in ghost.parameters() if id(p) not in inside)
-    fused = [layer for plan in plans for layer in plan.layers.values() if len(layer.parts) > 1]
+    fused = [layer for declaration in declarations for layer in declaration.layers.values() if len(layer.parts) > 1]
     if amp:
         cast_module(ghost, torch.bfloat16)
     outer = [block for name, block in blocks.items() if not any(name.startswith(f"{other}.") for other in blocks)]
-    kept, sums = _Kept(ghost, outer), _Sums(plans, outer)
+    kept, sums = _Kept(ghost, outer), _Sums(declarations, outer)
     x = torch.empty(tuple(shape), dtype=real_dtype_of(ghost), device="meta")
     try:
         with torch.device("meta"), torch.enable_grad(), saved_tensors_hooks(kept.save, lambda tensor: tensor):
@@ -112,36 +98,31 @@ def step_cost(
     )
 
 
-def narrow(ghost: nn.Module, tensor: int) -> list[BlockPlan]:
-    """Give a model on the meta device the parameters and heads of one of ``tensor`` ranks; returns what was divided.
-
-    Raises:
-        ValueError: If it cannot be divided.
-    """
+def narrow(ghost: nn.Module, tensor: int) -> list[Declaration]:
+    """Give a model on the meta device the parameters and heads of one of ``tensor`` ranks; returns what was divided."""
     if tensor == 1:
         return []
     blocks = [(name, module) for name, module in ghost.named_modules() if declares(module, native=False)]
     if not blocks:
         raise ValueError("no block declares _tp_col and _tp_row, so there is nothing to divide")
-    plans = [read_block(name, block, tensor, native=False) for name, block in blocks]
-    problems = [problem for plan in plans for problem in check_block(plan, tensor)] + [*check_model(ghost, plans)]
+    declarations, problems = read_blocks(ghost, blocks, tensor, native=False)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
-    for plan in plans:
-        for layer in plan.layers.values():
+    for declaration in declarations:
+        for layer in declaration.layers.values():
             _divide(layer.layer, "weight", 0 if layer.role == "column" else 1, tensor)
             if layer.role == "column" and layer.layer.bias is not None:
                 _divide(layer.layer, "bias", 0, tensor)
-        for module, attribute, value in plan.counts:
+        for module, attribute, value in declaration.counts:
             setattr(module, attribute, value)
-        for owner, name, dim in plan.views:
+        for owner, name, dim in declaration.views:
             if dim is not None:
                 _divide(owner, name, dim, tensor)
-    return plans
+    return declarations
 
 
-def _rearranged(layer: LayerPlan) -> list[Tensor]:
+def _rearranged(layer: DividedLayer) -> list[Tensor]:
     """What of a layer with several parts is divided."""
     names = ("weight", "bias") if layer.role == "column" else ("weight",)
     return [p for name, p in layer.layer.named_parameters() if name in names]
@@ -213,11 +194,11 @@ class _Kept:
 class _Sums:
     """Bytes that tensor-parallel layers sum."""
 
-    def __init__(self, plans: Sequence[BlockPlan], outer: Sequence[nn.Module]) -> None:
+    def __init__(self, declarations: Sequence[Declaration], outer: Sequence[nn.Module]) -> None:
         self.forward = self.backward = self.again = 0
         again = {id(module) for block in outer for module in block.modules()}
-        for plan in plans:
-            for columns, rows in plan.pairs:
+        for declaration in declarations:
+            for columns, rows in declaration.pairs:
                 for row in rows:
                     row.layer.register_forward_hook(self._row(id(row.layer) in again))
                 # Columns that read the same tensor share the sum of its gradient.

@@ -9,8 +9,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_mesh import data_parallel_coords, dp_world_size, get_domain_parallel_manager, parse_parallelism_conf
-from credit_mesh.mesh import build_device_mesh, logger
+from credit_mesh import (
+    build_device_mesh,
+    data_parallel_coords,
+    dp_world_size,
+    get_domain_parallel_manager,
+    parse_parallelism_conf,
+)
+from credit_mesh.extend import logger
 from credit_parallel._torch_private import flatten
 
 __all__ = [
@@ -29,15 +35,10 @@ __all__ = [
 def fold_domain(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The dp and domain axes as one axis, for parameters that are sharded over both.
 
-    Args:
-        mesh: The whole mesh, as :func:`credit_mesh.build_device_mesh` returns it.
+    Returns a 1-D mesh, named ``dp_domain``, of the ranks that share this rank's tp coordinate, in the order (dp,
+    domain); ``mesh["dp"]`` or ``mesh["domain"]`` where the whole mesh has one of the two; None where it has neither.
 
-    Returns:
-        A 1-D mesh of the ranks that share this rank's tp coordinate, in the order (dp, domain), named ``dp_domain``;
-        ``mesh["dp"]`` or ``mesh["domain"]`` where it has one of the two; None where it has neither.
-
-    Collectives:
-        Creates process groups the first time; every rank of the mesh must call it.
+    Collectives: creates process groups the first time; every rank of the mesh must call it.
     """
     names = () if mesh is None else mesh.mesh_dim_names or ()
     axes = tuple(axis for axis in ("dp", "domain") if axis in names)
@@ -47,15 +48,7 @@ def fold_domain(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def covers_domain(mesh: DeviceMesh, manager: Any) -> bool:
-    """Whether a mesh spans the domain ranks of this rank, so that averages over it are averages over them too.
-
-    Args:
-        mesh: The mesh that gradients are averaged over.
-        manager: The domain-parallel manager, or None.
-
-    Raises:
-        ValueError: If it spans some of them only.
-    """
+    """Whether a mesh spans the domain ranks of this rank, so that averages over it are averages over them too."""
     if manager is None or manager.domain_parallel_size == 1 or not hasattr(manager, "domain_group"):
         return False
     peers = set(dist.get_process_group_ranks(manager.domain_group))
@@ -73,11 +66,7 @@ _dp_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 
 
 def register_dp_group(group: ProcessGroup | None) -> None:
-    """Say which ranks hold other samples and the same tp and domain coordinates; None forgets it.
-
-    Raises:
-        ValueError: If a group is given and torch.distributed is not initialised.
-    """
+    """Say which ranks hold other samples and the same tp and domain coordinates; None forgets it."""
     if not dist.is_initialized():
         if group is None:
             return  # a program on one process says so too, and there is nothing to forget

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_domain.domain import ALONE, domain_of, new_layer, sizes_of
+from credit_domain.extend import ALONE, domain_of, new_layer, sizes_of
 from credit_halo import naming_missing_ranks
 from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel_manager
 from credit_parallel.contract import device_of, gather_numbers
@@ -30,7 +30,6 @@ class Metric:
     Args:
         weights: Weight of each row, of shape (rows,): of this rank's rows, or of those of all ranks, such as
             :func:`~credit_parallel.losses.latitude_weights` gives. They need no scale. None weighs rows equally.
-        manager: The manager; None takes the present one, and a single rank where torch.distributed is not initialised.
         partition: Rows of each rank, which only weights need. Where it is None, ranks learn them at the first update
             with rows like these if a partition is declared, and at each update otherwise.
         dim: The dim of latitude, which weights belong to. Which dim is sharded the manager knows.
@@ -66,10 +65,7 @@ class Metric:
                 f"{self.manager}. Call initialize_domain_parallel({ranks}, domain_parallel_size) first, with a size of "
                 "1 where no rows are shared"
             )
-        self.weights = weights
-        self.partition = partition
-        self.dim = dim
-        self.channel_dim = channel_dim
+        self.weights, self.partition, self.dim, self.channel_dim = weights, partition, dim, channel_dim
         self._layer = new_layer()
         self.reset()
 
@@ -79,10 +75,7 @@ class Metric:
         self._fields = 0
 
     def compute(self) -> Tensor:
-        """The value for each channel over all samples since the last reset.
-
-        Returns:
-            float64 values of shape (C,), the same on every rank.
+        """The value of each channel over all samples since the last reset: float64, (C,), the same on every rank.
 
         Raises:
             ValueError: On every rank alike, if no rank has samples, ranks that share samples were not updated with the
@@ -178,15 +171,10 @@ class Metric:
 
 class _MeanOfErrors(Metric):
     def update(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """Add samples.
+        """Add samples: this rank's rows of prediction and truth, of shape (B, C, ..., H, W).
 
-        Args:
-            prediction: This rank's rows, of shape (B, C, ..., H, W).
-            target: The same of the truth.
-            mask: True for the elements that count; broadcasts against ``prediction``. Elsewhere NaN will do.
-
-        Raises:
-            ValueError: If shapes differ, also from earlier ones, or weights or mask do not fit.
+        The mask, True for the elements that count, broadcasts against ``prediction``; elsewhere NaN will do. Shapes
+        that differ, also from earlier ones, are a ValueError, as are weights or a mask that do not fit.
         """
         prediction, target = self._pair(prediction, target)
         weights = self._weights(prediction, mask)
@@ -243,17 +231,7 @@ class ACC(Metric):
     def update(
         self, prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, climatology: Tensor | None = None
     ) -> None:
-        """Add samples.
-
-        Args:
-            prediction: This rank's rows, of shape (B, C, ..., H, W).
-            target: The same of the truth.
-            mask: True for the elements that count; broadcasts against ``prediction``. Elsewhere NaN will do.
-            climatology: The climatology of these samples; broadcasts against ``prediction``.
-
-        Raises:
-            ValueError: If shapes differ, weights or mask do not fit, or there is no climatology.
-        """
+        """Add samples, as ``RMSE.update``, with a climatology that broadcasts against them; a ValueError without."""
         normal = self.climatology if climatology is None else climatology
         if normal is None:
             raise ValueError("ACC: needs a climatology: pass it to ACC() or to update()")
@@ -282,14 +260,10 @@ class ZonalSpectrum(Metric):
     """
 
     def update(self, prediction: Tensor, target: Tensor | None = None) -> None:
-        """Add samples.
+        """Add samples: this rank's rows, with all longitudes, of shape (B, C, ..., H, W).
 
-        Args:
-            prediction: This rank's rows, of shape (B, C, ..., H, W), with all longitudes.
-            target: The same of the truth; leave it out, always, to see the spectrum of one thing alone.
-
-        Raises:
-            ValueError: If the last dim, longitude, is sharded, shapes differ, or weights do not fit.
+        Leave the target out, always, to see the spectrum of one thing alone. Errors are those of ``RMSE.update``; also,
+        the last dim, longitude, must not be sharded.
         """
         dim, channel, _ = self._dims(prediction)
         last = prediction.ndim - 1
@@ -314,14 +288,9 @@ class ZonalSpectrum(Metric):
         self._add(torch.stack(sums), len(prediction))
 
     def compute(self) -> Tensor:
-        """The powers over all samples since the last reset.
+        """The powers over all samples since the last reset; errors as :meth:`Metric.compute`.
 
-        Returns:
-            float64 powers of shape (2, C, W // 2 + 1), of prediction and target, or (1, C, W // 2 + 1) without targets;
-            the same on every rank.
-
-        Raises:
-            ValueError: As :meth:`Metric.compute`.
+        They are float64, of shape (2, C, W // 2 + 1), of prediction and target, or (1, C, W // 2 + 1) without targets.
         """
         return super().compute()
 

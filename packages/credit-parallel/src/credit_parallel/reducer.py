@@ -7,11 +7,10 @@ without a gradient on every rank keeps none.
 
 Ranks must send the same messages, although each has other gradients. What is sent follows from what all ranks know:
 
-- *Active* parameters lie in buckets. A bucket is sent as soon as its gradients are there. The rest is sent at the end
-  of the backward, with zeros for what is missing.
-- The last bucket carries one more number for each parameter of the model: whether this rank has a gradient of it. Its
-  sum tells all ranks which parameters have one anywhere. Those that are not active are then sent too, and are active
-  from then on. A parameter that had no gradient for :data:`IDLE_ROUNDS` rounds is not active any more.
+- *Active* parameters lie in buckets. A bucket is sent as soon as its gradients are there, the rest at the end of the
+  backward, with zeros for what is missing.
+- The last bucket also says of each parameter whether this rank has a gradient. Its sum tells all ranks which have one
+  anywhere. Those that are not active are then sent too, and are active until :data:`IDLE_ROUNDS` rounds without one.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from credit_parallel._torch_private import after_backward, current_backward
 from credit_parallel.collectives import local_of
@@ -53,18 +53,13 @@ class _Sent(NamedTuple):
 
 
 class GradientReducer:
-    """Averages the gradients of a model over the ranks of a group, in each backward.
+    """Averages the gradients of a model over the ranks of a group, in each backward for which ``enabled`` returns True.
 
     Args:
         model: The model, without wrappers. :func:`reducer_of` finds the reducer by it.
         parameters: The parameters to average by name, frozen ones too; the same on every rank, in the same order.
-        group: The ranks.
-        bucket_bytes: Size of a bucket.
         alone: Whether nothing else averages gradients of the model. Parameters that this reducer does not know are
             refused then; FSDP2 and torch's own reducer average the others.
-
-    Attributes:
-        enabled: Whether a backward averages; returns False inside ``no_sync``.
     """
 
     def __init__(
@@ -94,6 +89,11 @@ class GradientReducer:
             self._watch(i, p)
         _reducers[model] = self
 
+    def follow(self, wrapper: DistributedDataParallel) -> None:
+        """Average in the backwards in which a wrapper would: not within its ``no_sync``."""
+        itself = ref(wrapper)  # the reducer must not keep its model alive
+        self.enabled = lambda: (alive := itself()) is None or bool(alive.require_backward_grad_sync)
+
     def covers(self, p: Tensor) -> bool:
         """Whether this reducer averages the gradient of a parameter."""
         return id(p) in self._known
@@ -101,11 +101,7 @@ class GradientReducer:
     def settle(self) -> None:
         """Average what no backward has averaged yet: on a rank whose loss reached no parameter, or after ``no_sync``.
 
-        Raises:
-            ValueError: As a backward does, if a gradient cannot be averaged.
-
-        Collectives:
-            None if the last backward averaged; else those of a backward.
+        Collectives: none if the last backward averaged; else those of a backward.
         """
         with self._lock:
             if self._dirty or not self._averaged:
@@ -266,15 +262,7 @@ class GradientReducer:
 
 
 def refuse_strangers(model: nn.Module, averaged: Callable[[Tensor], bool]) -> None:
-    """Refuse parameters that have a gradient which nothing has averaged.
-
-    Args:
-        model: The model.
-        averaged: Whether something averages the gradient of a parameter.
-
-    Raises:
-        ValueError: Naming them.
-    """
+    """Raise a ValueError that names the parameters with a gradient which nothing has averaged, if there are any."""
     strangers = [name for name, p in model.named_parameters() if p.grad is not None and not averaged(p)]
     if strangers:
         raise ValueError(

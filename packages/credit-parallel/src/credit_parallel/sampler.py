@@ -16,14 +16,9 @@ def data_parallel_sampler(
     """A sampler of the samples of this rank's replica, the same for all ranks that share a sample.
 
     Args:
-        dataset: A dataset with a length.
-        where: What says where this rank is, such as the configuration; see :func:`credit_parallel.contract.place_of`.
         shuffle: Draw a new order in each epoch; see :meth:`~torch.utils.data.DistributedSampler.set_epoch`.
         seed: Seed of the order; the same on every rank.
         drop_last: Drop the samples that do not divide by the replicas, instead of repeating some.
-
-    Raises:
-        ValueError: If the layout is not known.
     """
     layout, at = place_of(where)
     return DataParallelSampler(
@@ -70,12 +65,8 @@ class DataParallelSampler(DistributedSampler[Any]):
     def state_dict(self, used: int | None = None) -> dict[str, Any]:
         """Where in the epoch training is; the same on every rank.
 
-        Args:
-            used: How many samples of this replica training has used in this epoch. None takes those handed out, which
-                are more where the workers of a loader read ahead.
-
-        Raises:
-            ValueError: If ``used`` is more than there are.
+        ``used`` is how many samples of this replica training has used in this epoch. None takes those handed out, which
+        are more where the workers of a loader read ahead. A ValueError refuses more than there are.
         """
         used = max(self._next, self._start) if used is None else used
         if not 0 <= used <= self.num_samples:
@@ -87,8 +78,7 @@ class DataParallelSampler(DistributedSampler[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken, on any number of replicas that divides the samples used so far.
 
-        Raises:
-            ValueError: If the state is of another dataset length, seed or order, or the samples used do not divide.
+        A state of another dataset length, seed or order is a ValueError, as are samples that do not divide.
         """
         mine = self._identity()
         other = {key: (state.get(key), value) for key, value in mine.items() if state.get(key) != value}

@@ -11,34 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from credit_domain.domain import domain_of, sizes_of
-from credit_halo.agreement import agree
+from credit_domain.extend import domain_of, sizes_of
+from credit_halo.extend import agree
 from credit_mesh import Coords, DomainParallelManager, RowPartition, get_domain_parallel_manager
 from credit_parallel.contract import Where, device_of, place_of
 
 
 class RankSeeds(NamedTuple):
-    """Seeds that one number gives a rank; independent of each other, however close the numbers are.
+    """Seeds that one number gives a rank; independent of each other, however close the numbers are."""
 
-    Attributes:
-        world: The same on all ranks: weights, the order of samples, noise for :func:`global_noise` that all replicas
-            share.
-        replica: Shared by the ranks that work on one sample (tp and domain peers): random augmentation, data loader
-            workers, noise for :func:`global_noise`.
-        rank: Shared by tp peers alone, which hold the same activations: dropout, noise of this rank's rows.
-    """
-
+    #: The same on all ranks: weights, the order of samples, noise for :func:`global_noise` that all replicas share.
     world: int
+    #: Shared by the ranks that work on one sample (tp and domain peers): random augmentation, data loader workers,
+    #: noise for :func:`global_noise`.
     replica: int
-    rank: int
+    rank: int  #: shared by tp peers alone, which hold the same activations: dropout, noise of this rank's rows
 
 
 def rank_seeds(seed: int, at: Coords) -> RankSeeds:
-    """The seeds of the rank at some coordinates; nothing is seeded.
-
-    Raises:
-        ValueError: If ``seed`` is no integer.
-    """
+    """The seeds of the rank at some coordinates; nothing is seeded."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an integer; got {seed!r}")
     names = ("world", f"replica {at.dp}", f"rank {at.dp}, {at.domain}")
@@ -55,15 +46,7 @@ def seed_ranks(seed: int, where: Where = None) -> RankSeeds:
     that does not. Loaders must not draw from them where domain peers read the same sample: give them
     ``torch.Generator().manual_seed(seeds.replica)``.
 
-    Args:
-        seed: One number for the whole run, the same on every rank.
-        where: What says where this rank is; see :func:`credit_parallel.contract.place_of`.
-
-    Returns:
-        The seeds; the generators got ``rank``.
-
-    Raises:
-        ValueError: If ``seed`` is no integer, or the layout is not known.
+    ``seed`` is one integer for the whole run, the same on every rank; of the seeds, the generators got ``rank``.
     """
     _, at = place_of(where)
     seeds = rank_seeds(seed, at)
@@ -97,18 +80,14 @@ def global_noise(
         generator: In the same state on all ranks that share a sample, and used alike by them:
             ``torch.Generator(device).manual_seed(seeds.replica)``. Numbers are drawn on its device; CPU and GPU do not
             draw the same.
-        dim: The sharded dim.
-        manager: The manager; None takes the present one, and a single rank where there is none.
         dtype: Of the noise; None takes torch's default.
         device: Where the noise is wanted; None takes that of the generator.
-        label: What errors call this.
 
     Raises:
-        ValueError: On all domain ranks alike, if they have seeded the generator or ask for fields differently
-            (compared the first time), or the partition does not fit.
+        ValueError: On all domain ranks alike, if they have seeded the generator or ask for fields differently, or the
+            partition does not fit.
 
-    Collectives:
-        A small all-gather the first time that a seed meets a shape.
+    Collectives: a small all-gather the first time that a seed meets a shape.
     """
     domain = domain_of(manager)
     whole = tuple(shape)
@@ -143,21 +122,9 @@ def noise_like(
     manager: DomainParallelManager | None = None,
     label: str = "noise_like",
 ) -> Tensor:
-    """Standard normal noise for this rank's rows, the same for every number of domain ranks; see :func:`global_noise`.
+    """:func:`global_noise` of the shape, dtype and device of ``x``, this rank's rows, with the same other arguments.
 
-    Args:
-        x: This rank's rows; the noise has their shape, dtype and device.
-        partition: Rows of each rank; where it is None, ranks ask each other.
-        generator: See :func:`global_noise`.
-        dim: The sharded dim.
-        manager: The manager; None takes the present one, and a single rank where there is none.
-        label: What errors call this.
-
-    Raises:
-        ValueError: As :func:`global_noise`, or if a rank has other rows than the partition says.
-
-    Collectives:
-        Those of :func:`global_noise`; without ``partition`` a small all-gather too.
+    A rank that has other rows than the partition says is a ValueError too.
     """
     domain = domain_of(manager)
     sizes = sizes_of(x, dim, domain, label, partition)

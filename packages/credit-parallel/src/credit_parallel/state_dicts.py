@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from credit_domain.saved_names import plain_names, with_plain_names
+from credit_domain.extend import plain_names, with_plain_names
 from credit_halo import naming_missing_ranks
 from credit_parallel.contract import device_of
 from credit_parallel.domain import get_raw_model
@@ -23,29 +23,23 @@ from credit_parallel.domain import get_raw_model
 def fsdp2_state_dict(model: nn.Module) -> dict[str, Any]:
     """The whole state dict of a model, however it is sharded, under the names of the plain model.
 
-    Returns:
-        On the first rank of the world the state dict, in CPU memory of its own; on other ranks an empty dict.
+    It is that of the first rank of the world, in CPU memory of its own; other ranks get an empty dict.
 
-    Collectives:
-        Gathers each sharded tensor; every rank must call it.
+    Collectives: gathers each sharded tensor.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return _copied(state) if _is_first() else {}
 
 
 def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
-    """Load the whole state dict that the first rank has into a model, however it is sharded.
+    """Load the whole state dict that the first rank has into a model, however it is sharded; others' is not read.
 
-    Args:
-        model: The model.
-        sd: On the first rank of the world a state dict of the plain model, or of a converted model of the reference
-            (``a.conv.weight`` for ``a.weight``); on other ranks it is not read.
+    It is that of the plain model, or of a converted model of the reference (``a.conv.weight`` for ``a.weight``).
 
     Raises:
         ValueError: On all ranks alike, if names are missing or unknown, or shapes differ.
 
-    Collectives:
-        A broadcast of each tensor; every rank must call it.
+    Collectives: a broadcast of each tensor.
     """
     model = get_raw_model(model)
     own = {plain_name(name): name for name in model.state_dict()}
@@ -60,24 +54,16 @@ def fsdp2_load_state_dict(model: nn.Module, sd: Mapping[str, Any]) -> None:
 
 
 def fsdp2_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole state of an optimizer, by names of parameters.
+    """The whole state of an optimizer, by names of parameters; those that never had a gradient have none.
 
-    Parameters that never had a gradient have no state, and get none here.
-
-    Args:
-        model: The model whose parameters are optimised.
-        opt: The optimizer.
-
-    Returns:
-        On the first rank of the world ``{"state": {name: {key: value}}, "param_groups": [{"params": [name], ...}]}``
-        in CPU memory of its own; on other ranks an empty dict.
+    The first rank of the world gets ``{"state": {name: {key: value}}, "param_groups": [{"params": [name], ...}]}`` in
+    CPU memory of its own; other ranks an empty dict.
 
     Raises:
         ValueError: If the optimizer has parameters that are none of the model's, or keeps a plain tensor for a sharded
             parameter: then nobody can tell what it is a part of.
 
-    Collectives:
-        Gathers each sharded tensor; every rank must call it.
+    Collectives: gathers each sharded tensor.
     """
     names = names_of(model, opt)
     state: dict[str, dict[str, Any]] = {}
@@ -85,11 +71,7 @@ def fsdp2_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer) -> 
         if p not in opt.state:
             continue
         for key, value in opt.state[p].items():
-            if isinstance(p, DTensor) and is_plain_part(value):
-                raise ValueError(
-                    f"{type(opt).__name__} keeps {key} of {name}, which is sharded, as a plain {type(value).__name__}: "
-                    "what it would be for the whole parameter is not known"
-                )
+            refuse_plain_part(opt, p, f"{key} of {name}", value)
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if _is_first():
                 state.setdefault(name, {})[key] = _copied(whole)
@@ -102,19 +84,15 @@ def fsdp2_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer) -> 
 
 
 def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer, sd: Mapping[str, Any]) -> None:
-    """Load what :func:`fsdp2_optimizer_state_dict` returned, however the model is sharded now.
+    """Load what :func:`fsdp2_optimizer_state_dict` returned on the first rank, however the model is sharded now.
 
-    Args:
-        model: The model whose parameters are optimised.
-        opt: An optimizer of the same parameter groups; a new one will do.
-        sd: On the first rank of the world the whole state; on other ranks it is not read.
+    The optimizer has the same parameter groups; a new one will do. What other ranks give as ``sd`` is not read.
 
     Raises:
         ValueError: On all ranks alike, if groups hold other parameters, or a state is of an unknown parameter, or of
             another shape than the sharded parameter that it belongs to.
 
-    Collectives:
-        A broadcast of each tensor; every rank must call it.
+    Collectives: a broadcast of each tensor.
     """
     names = names_of(model, opt)
     parameters = {name: p for p, name in names.items()}
@@ -131,9 +109,7 @@ def fsdp2_load_optimizer_state_dict(model: nn.Module, opt: torch.optim.Optimizer
             if isinstance(value, _Shape):
                 p = parameters[name]
                 if value.shape == p.shape:
-                    # Torch casts the states of real parameters only.
-                    dtype = p.dtype if p.is_complex() and value.dtype.is_complex else value.dtype
-                    values[key] = torch.zeros_like(p, dtype=dtype)
+                    values[key] = zeros_like_parameter(p, value.dtype)
                 else:
                     values[key] = torch.zeros(value.shape, dtype=value.dtype, device=p.device)
                 holder.register_buffer(str(len(places)), values[key])
@@ -159,11 +135,20 @@ def _with_plain_names(model: nn.Module, sd: Mapping[str, Any]) -> Mapping[str, A
     return {**sd, "state": state, "param_groups": groups}
 
 
-def is_plain_part(value: Any) -> bool:
-    """Whether an optimizer keeps something other than numbers and DTensors."""
-    return isinstance(value, (Mapping, list, tuple)) or (
-        isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
-    )
+def refuse_plain_part(opt: torch.optim.Optimizer, p: Tensor, what: str, value: Any) -> None:
+    """Raise a ValueError if an optimizer keeps something other than numbers and DTensors for a sharded parameter."""
+    plain = isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
+    if isinstance(p, DTensor) and (plain or isinstance(value, (Mapping, list, tuple))):
+        raise ValueError(
+            f"{type(opt).__name__} keeps {what}, which is sharded, as a plain {type(value).__name__}: "
+            "what it would be for the whole parameter is not known"
+        )
+
+
+def zeros_like_parameter(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a state of that dtype, divided as its parameter is."""
+    # Torch casts the states of real parameters when it loads them, and leaves complex ones as they are.
+    return torch.zeros_like(p, dtype=p.dtype if p.is_complex() and dtype.is_complex else dtype, requires_grad=False)
 
 
 class _Shape(NamedTuple):
@@ -215,7 +200,7 @@ def _misfits(model: nn.Module, own: Mapping[str, str], sd: Mapping[str, Any]) ->
         value, given = values[own[name]], sd.get(name)
         if isinstance(value, Tensor) and isinstance(given, Tensor) and value.shape != given.shape:
             problems.append(f"{name} is of shape {tuple(given.shape)}, the model's of {tuple(value.shape)}")
-    return _listed(problems)
+    return first_few(problems, "; ")
 
 
 def optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequence[str]], sd: Mapping[str, Any]) -> str:
@@ -237,12 +222,13 @@ def optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequenc
         for key, value in values.items():
             if isinstance(p, DTensor) and isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
                 problems.append(f"{key} of {name} is of shape {tuple(value.shape)}, the parameter of {tuple(p.shape)}")
-    return _listed(problems)
+    return first_few(problems, "; ")
 
 
-def _listed(problems: Sequence[str]) -> str:
-    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-    return "; ".join(problems[:8]) + more
+def first_few(items: Sequence[str], between: str = ", ") -> str:
+    """The first eight of some texts, and how many more there are."""
+    more = [f"and {len(items) - 8} more"] if len(items) > 8 else []
+    return between.join([*items[:8], *more])
 
 
 # The first rank

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from credit_domain.adapters.registry import register
-from credit_domain.adapters.windows import RegroupedModule
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.adapters.window_families import RegroupedModule
+from credit_domain.engine.layer import DomainParallelLayer
 
 
 def is_plain(module: nn.Module, *names: str) -> bool:
@@ -27,11 +27,7 @@ def is_cross_attention(module: nn.Module) -> bool:
 
 
 def convert_cross_attention(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """Run the attention on windows of rows of all ranks.
-
-    Raises:
-        ValueError: If it is of another type than ``short`` and ``long``, or has an unexpected window.
-    """
+    """Run the attention on windows of rows of all ranks; raises where its type or window is not as expected."""
     m: Any = module
     name = type(module).__name__
     if m.attn_type not in ("short", "long"):
@@ -49,11 +45,7 @@ def convert_cross_attention(module: nn.Module, shard_dim: int = -2, label: str |
 
 
 def window_of(value: Any, name: str, least: int = 1) -> tuple[int, int]:
-    """A window or shift as (rows, columns).
-
-    Raises:
-        ValueError: If it is neither an integer nor a pair.
-    """
+    """A window or shift as (rows, columns); raises where it is neither an integer nor a pair."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(size, int) and size >= least for size in pair):
         raise ValueError(f"{name}: expected a window as an integer or a pair (rows, columns); got {value!r}")

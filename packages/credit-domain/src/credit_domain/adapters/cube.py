@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit_domain.adapters.base import Adapter, is_candidate, landing, partition_at, prove
-from credit_domain.functional.interpolate import resample
-from credit_domain.functional.pad import pad
-from credit_domain.functional.pixel import unshuffle
-from credit_domain.functional.rows import crop
-from credit_mesh import DomainParallelManager
+from credit_domain.adapters.adapter import ProvedAdapter, is_candidate, landing, partition_at, prove
+from credit_domain.adapters.registry import register
+from credit_domain.ops.interpolation.interpolation import resample
+from credit_domain.ops.padding.padding import pad
+from credit_domain.ops.pixel import unshuffle
+from credit_domain.ops.rearranging import crop
 
 _SIDES = ("after", "both")
 """Where padding goes: all after the last row, or half of it, rounded down, before the first."""
@@ -24,24 +23,15 @@ def _before(total: int, form: str) -> int:
     return total // 2 if form == "both" else 0
 
 
-class _Grid(Adapter):
-    """An adapter with rows or columns sharded."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        shard_dim: int = -2,
-        *,
-        manager: DomainParallelManager | None = None,
-        label: str | None = None,
-    ) -> None:
-        super().__init__(module, shard_dim, manager=manager, label=label)
-        if shard_dim not in (-2, -1):
-            raise ValueError(f"{self.label}: shard_dim must be -2 (rows) or -1 (columns); got {shard_dim}")
-        self.__dict__["form"] = _SIDES[0]
-        self._prove()
+class _Grid(ProvedAdapter):
+    """An adapter with rows, -2, or columns, -1, sharded; of channels first, whatever the module takes."""
 
     def _prove(self) -> None:
+        if self.shard_dim not in (-2, -1):
+            raise ValueError(f"{self.label}: shard_dim must be -2 (rows) or -1 (columns); got {self.shard_dim}")
+        self._prove_grid()
+
+    def _prove_grid(self) -> None:
         raise NotImplementedError
 
     def _crop(self, x: Tensor, dim: int, size: int, sharded: bool, form: str) -> Tensor:
@@ -72,17 +62,10 @@ class DomainParallelPatchRecovery(_Grid):
 
     Rows come out divided as those of the model's input, where they are as many.
 
-    Args:
-        module: The module to stand in for: with ``conv`` and ``img_size``, (H, W) or (levels, H, W), of the whole.
-        shard_dim: The sharded dim: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
-
-    Raises:
-        ValueError: If the module computes something else, or another dim is sharded.
+    The module has ``conv`` and ``img_size``, (H, W) or (levels, H, W), of the whole.
     """
 
-    def _prove(self) -> None:
+    def _prove_grid(self) -> None:
         conv = self.conv
         size = type(self.img_size)(3 * p - -n % p for n, p in zip(self.img_size, conv.kernel_size, strict=True))
         inputs = [[(2, conv.in_channels, *[3] * len(size))]]
@@ -91,18 +74,22 @@ class DomainParallelPatchRecovery(_Grid):
     def forward(self, x: Tensor) -> Tensor:
         """Recover this rank's rows of (B, C, H, W) or (B, C, T, H, W).
 
-        Raises:
-            ValueError: As :func:`credit_domain.functional.crop`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            Those of :func:`credit_domain.functional.crop`.
+        Errors and collectives are those of :func:`credit_domain.functional.crop`.
         """
         m: Any = self.wrapped
         x = m.conv(x)
         for dim, size in zip(range(-len(m.img_size), 0), m.img_size, strict=True):
             x = self._crop(x, dim, size, dim == self.shard_dim, self.form)
         return x
+
+
+register(
+    is_patch_recovery,
+    DomainParallelPatchRecovery,
+    name="Patch recovery",
+    matches="a transposed convolution `conv` and `img_size`",
+    notes="cuts what was padded",
+)
 
 
 # Coarser and finer patches, channels last
@@ -118,19 +105,9 @@ def is_patch_merging(module: nn.Module) -> bool:
 
 
 class DomainParallelPatchMerging(_Grid):
-    """Each 2 x 2 points of (..., H, W, C) concatenated, normalised and mapped; odd rows and columns padded by zeros.
+    """Each 2 x 2 points of (..., H, W, C) concatenated, normalised and mapped; odd rows and columns padded by zeros."""
 
-    Args:
-        module: The module to stand in for: with ``norm``, and ``linear``.
-        shard_dim: The sharded dim, of channels first: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
-
-    Raises:
-        ValueError: If the module computes something else, or another dim is sharded.
-    """
-
-    def _prove(self) -> None:
+    def _prove_grid(self) -> None:
         channels = self.linear.in_features // 4
         forms = [f"{sides} {order}" for order in ("rows first", "columns first") for sides in _SIDES]
         what = "a merging of 2 x 2 points, channels last"
@@ -142,12 +119,8 @@ class DomainParallelPatchMerging(_Grid):
     def forward(self, x: Tensor) -> Tensor:
         """Merge this rank's rows of (..., H, W, C); returns (..., H / 2, W / 2, new C), rounded up.
 
-        Raises:
-            ValueError: As :func:`credit_domain.functional.pixel_unshuffle`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            Those of :func:`credit_domain.functional.pad` and :func:`credit_domain.functional.pixel_unshuffle`.
+        Errors and collectives are those of :func:`credit_domain.functional.pad` and
+        :func:`credit_domain.functional.pixel_unshuffle`.
         """
         m: Any = self.wrapped
         sides, order = self.form.split(" ", 1)
@@ -158,15 +131,23 @@ class DomainParallelPatchMerging(_Grid):
             odd = (held.rows if dim == self.shard_dim else x.shape[dim]) % 2
             pads += [_before(odd, sides), odd - _before(odd, sides)]
         if any(pads):
-            settings: dict[str, Any] = {"dim": self.shard_dim, "manager": self.manager, "label": self.label}
-            x = pad(x, pads, partition=held, **settings)
+            x = pad(x, pads, dim=self.shard_dim, partition=held, manager=self.manager, label=self.label)
         channels = x.shape[-3]
-        x = unshuffle(x, 2, self.shard_dim, None, self.manager, self.label, self._layer)
+        x = unshuffle(x, 2, self.call)
         x = torch.unflatten(x, -3, (channels, 2, 2))
         x = x.movedim(-5, -3) if order == "rows first" else x.transpose(-4, -3).movedim(-5, -3)
         x = x.flatten(-5, -3).movedim(-3, -1)
         out: Tensor = m.linear(m.norm(x))
         return out
+
+
+register(
+    is_patch_merging,
+    DomainParallelPatchMerging,
+    name="Pangu patch merging",
+    matches="`norm` and `linear` of four times C",
+    notes="(..., H, W, C); pads odd sizes",
+)
 
 
 def is_patch_expanding(module: nn.Module) -> bool:
@@ -184,18 +165,10 @@ def is_patch_expanding(module: nn.Module) -> bool:
 class DomainParallelPatchExpanding(_Grid):
     """Each point of (..., H, W, C) mapped to 2 x 2, cut to ``output_resolution``, normalised and mapped.
 
-    Args:
-        module: The module to stand in for: with ``linear1``, ``norm``, ``linear2`` and ``output_resolution``, the size
-            of the whole: (H, W) or (levels, H, W).
-        shard_dim: The sharded dim, of channels first: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
-
-    Raises:
-        ValueError: If the module computes something else, or another dim is sharded.
+    ``output_resolution`` is the size of the whole, (H, W) or (levels, H, W).
     """
 
-    def _prove(self) -> None:
+    def _prove_grid(self) -> None:
         *levels, rows, columns = self.output_resolution
         size = type(self.output_resolution)([*[2] * len(levels), 6 - rows % 2, 4 - columns % 2])
         inputs = [[(2, *[2] * len(levels), 3, 2, self.linear1.in_features)]]
@@ -204,12 +177,7 @@ class DomainParallelPatchExpanding(_Grid):
     def forward(self, x: Tensor) -> Tensor:
         """Expand this rank's rows of (..., H, W, C).
 
-        Raises:
-            ValueError: As :func:`credit_domain.functional.crop`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            Those of :func:`credit_domain.functional.crop`.
+        Errors and collectives are those of :func:`credit_domain.functional.crop`.
         """
         m: Any = self.wrapped
         x = m.linear1(x)
@@ -219,6 +187,15 @@ class DomainParallelPatchExpanding(_Grid):
             x = self._crop(x, dim, size, dim == self.shard_dim - 1, self.form)
         out: Tensor = m.linear2(m.norm(x))
         return out
+
+
+register(
+    is_patch_expanding,
+    DomainParallelPatchExpanding,
+    name="Pangu patch expanding",
+    matches="`linear1`, `norm`, `linear2`",
+    notes="cut to `output_resolution`",
+)
 
 
 # A model that resizes its output to the grid of its input
@@ -240,18 +217,9 @@ class DomainParallelResizingModel(_Grid):
 
     The children are called in this order, on (B, C, T, H, W), then (B, C, H, W); ``fc`` makes ``patch_size[1]`` x
     ``patch_size[2]`` points of each, channels last.
-
-    Args:
-        module: The module to stand in for.
-        shard_dim: The sharded dim: -2, rows, or -1, columns.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
-
-    Raises:
-        ValueError: If the module computes something else, or another dim is sharded.
     """
 
-    def _prove(self) -> None:
+    def _prove_grid(self) -> None:
         size = type(self.img_size)([*self.img_size[:-2], 3 * self.patch_size[1] + 1, 2 * self.patch_size[2]])
         patches = _Patches(self.fc.in_features, tuple(self.patch_size))
         children = {"cube_embedding": patches, "u_transformer": nn.Identity()}
@@ -261,12 +229,7 @@ class DomainParallelResizingModel(_Grid):
     def forward(self, x: Tensor) -> Tensor:
         """Run the model on this rank's rows of (B, C, T, H, W); returns (B, C, H, W).
 
-        Raises:
-            ValueError: As :func:`credit_domain.functional.interpolate`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            Those of :func:`credit_domain.functional.interpolate` and of the children.
+        Errors and collectives are those of :func:`credit_domain.functional.interpolate` and of the children.
         """
         m: Any = self.wrapped
         x = m.cube_embedding(x)
@@ -274,7 +237,7 @@ class DomainParallelResizingModel(_Grid):
         x = torch.unflatten(m.fc(x.movedim(1, -1)), -1, (*m.patch_size[1:], -1))  # (B, h, w, rows, columns, C)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         how = (tuple(m.img_size[-2:]), None, "bilinear", None, None, False, None)
-        return resample(x, *how, self.shard_dim, None, self.manager, self.label, self._layer)
+        return resample(x, *how, self.call)
 
 
 class _Patches(nn.Module):
@@ -289,10 +252,10 @@ class _Patches(nn.Module):
         return (x * torch.arange(1, self.features + 1).reshape(-1, 1, 1, 1)).sin()
 
 
-CONVERTERS: dict[Callable[[nn.Module], bool], Callable[..., nn.Module]] = {
-    is_patch_recovery: DomainParallelPatchRecovery,
-    is_patch_merging: DomainParallelPatchMerging,
-    is_patch_expanding: DomainParallelPatchExpanding,
-    is_resizing_model: DomainParallelResizingModel,
-}
-"""What modules of such models are recognised by, and what makes the module that stands in for each."""
+register(
+    is_resizing_model,
+    DomainParallelResizingModel,
+    name="FuXi",
+    matches="`cube_embedding`, `u_transformer`, `fc`, `patch_size` and `img_size`",
+    notes="the model itself; its body is converted by the other families",
+)

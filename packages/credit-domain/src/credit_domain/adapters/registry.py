@@ -8,22 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from credit_domain.convert import Converter, ConverterKey
-from credit_domain.stride import RowStride, know_stride
+from credit_domain.model.fates import Converter, ConverterKey
+from credit_domain.model.granularity import RowStride, know_stride
 
 
 @dataclass(frozen=True)
 class Family:
-    """A converter, and what it is for. Calling it converts a module.
-
-    Attributes:
-        name: What documentation calls it.
-        match: A type, a class path or a predicate.
-        converter: Takes a module and returns its replacement.
-        matches: What the match looks for, in words.
-        notes: What is special about it.
-        any_rows: Whether what it makes takes any partition, so that windows of the module need not count for it.
-    """
+    """A converter, and what it is for, as :func:`register` is told. Calling it converts a module."""
 
     name: str
     match: ConverterKey

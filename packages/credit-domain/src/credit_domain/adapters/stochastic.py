@@ -8,25 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from credit_domain.adapters.registry import register
-from credit_domain.domain import domain_of
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.engine.ranks import domain_of
 
 
 class DomainParallelDropPath(DomainParallelLayer):
     """A module that drops whole samples, the same ones on every rank: those that the first rank draws.
 
-    Args:
-        module: The module; of a tensor of ones, (B, 1, ...), it makes the factor of each sample.
-        shard_dim: The sharded dim; any but that of samples gives the same.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this layer.
+    The module makes the factor of each sample of a tensor of ones, (B, 1, ...).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop samples of (B, ...).
-
-        Raises:
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
         Collectives:
             One broadcast of the factor of each sample, forward; none where nothing is dropped.

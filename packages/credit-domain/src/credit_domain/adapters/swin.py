@@ -1,4 +1,8 @@
-"""Swin V1 and V2: shifted windows, and what makes, merges and expands patches of tokens."""
+"""Swin V1 and V2: shifted windows, and what makes, merges and expands patches of tokens.
+
+The converters take what the ``is_`` function beside them matches, and raise a ``ValueError`` where its windows, its
+resolution or its layers are otherwise than expected.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,25 @@ from torch import nn
 
 from credit_domain.adapters.crossformer import is_plain, window_of
 from credit_domain.adapters.registry import register
-from credit_domain.adapters.windows import Kind, RegroupedModule
+from credit_domain.adapters.window_families import RegroupedModule
+from credit_domain.adapters.window_shares import Kind
 
 
-def _pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(size, int) for size in value)
+def _resolution(module: nn.Module, name: str) -> tuple[int, int]:
+    """What a module stores as a size (rows, columns) of the whole."""
+    value = getattr(module, name)
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(size, int) for size in value):
+        return value[0], value[1]
+    raise ValueError(f"{type(module).__name__}: expected {name} as a pair (rows, columns); got {value!r}")
+
+
+def _with_resolution(
+    module: nn.Module, window: int, width: int, shift: int = 0, kind: Kind = "windows", **settings: Any
+) -> nn.Module:
+    """A module that stores ``input_resolution``, for tokens or (B, H, W, C)."""
+    height, length = _resolution(module, "input_resolution")
+    shapes = [(1, height * length, width), (1, height, length, width)]
+    return RegroupedModule(module, window, shift, kind, resolution="input_resolution", shapes=shapes, **settings)
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -45,11 +63,7 @@ def is_swin_block(module: nn.Module) -> bool:
 
 
 def convert_swin_block(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """Run the block on windows of rows of all ranks.
-
-    Raises:
-        ValueError: If its resolution is set at each call, or is no pair, or its windows are not as expected.
-    """
+    """Run the block on windows of rows of all ranks."""
     m: Any = module
     name = type(module).__name__
     if hasattr(m, "H") or hasattr(m, "W"):
@@ -61,12 +75,7 @@ def convert_swin_block(module: nn.Module, shard_dim: int = -2, label: str | None
             raise ValueError(f"{name}: expected input_resolution, for which its attn_mask is")
         free = [(1, 2 * rows + odd, 2 * columns, width) for odd in (1, 0)]
         return RegroupedModule(module, rows, shift, shapes=free, shard_dim=shard_dim, label=label)
-    if not _pair(m.input_resolution):
-        raise ValueError(f"{name}: expected input_resolution as a pair (rows, columns); got {m.input_resolution!r}")
-    height, length = m.input_resolution
-    shapes: list[tuple[int, ...]] = [(1, height * length, width), (1, height, length, width)]
-    settings: dict[str, Any] = {"shapes": shapes, "shard_dim": shard_dim, "label": label}
-    return RegroupedModule(module, rows, shift, resolution="input_resolution", **settings)
+    return _with_resolution(module, rows, width, shift, shard_dim=shard_dim, label=label)
 
 
 register(
@@ -89,11 +98,7 @@ def is_shifted_attention(module: nn.Module) -> bool:
 
 
 def convert_shifted_attention(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """Run the attention on windows of rows of all ranks.
-
-    Raises:
-        ValueError: If its windows are not as expected.
-    """
+    """Run the attention on windows of rows of all ranks."""
     m: Any = module
     name = type(module).__name__
     (rows, columns), (shift, _) = window_of(m.window_size, name), window_of(m.shift_size, name, 0)
@@ -124,13 +129,13 @@ def is_patch_merging(module: nn.Module) -> bool:
 
 
 def convert_patch_merging(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """Merge pairs of rows at the owner of the first.
-
-    Raises:
-        ValueError: If its resolution is no pair.
-    """
+    """Merge pairs of rows at the owner of the first."""
     m: Any = module
-    return _patches(module, 2, "merge", m.reduction.in_features // 4, shard_dim=shard_dim, label=label)
+    width: int = m.reduction.in_features // 4
+    if hasattr(m, "input_resolution"):
+        return _with_resolution(module, 2, width, kind="merge", shard_dim=shard_dim, label=label)
+    shapes = [(1, 3, 4, width), (1, 4, 4, width)]
+    return RegroupedModule(module, 2, kind="merge", shapes=shapes, shard_dim=shard_dim, label=label)
 
 
 def is_patch_expanding(module: nn.Module) -> bool:
@@ -142,13 +147,10 @@ def is_patch_expanding(module: nn.Module) -> bool:
 
 
 def convert_patch_expanding(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """Expand each row on its own rank.
-
-    Raises:
-        ValueError: If its resolution is no pair, or it is not known by how much it expands.
-    """
+    """Expand each row on its own rank."""
     m: Any = module
-    return _patches(module, _expansion(module), "expand", m.expand.in_features, shard_dim=shard_dim, label=label)
+    settings: dict[str, Any] = {"kind": "expand", "shard_dim": shard_dim, "label": label}
+    return _with_resolution(module, _expansion(module), m.expand.in_features, **settings)
 
 
 def _expansion(module: nn.Module) -> int:
@@ -162,19 +164,6 @@ def _expansion(module: nn.Module) -> int:
             f"{m.expand.out_features} and {channels}"
         )
     return factor
-
-
-def _patches(module: nn.Module, factor: int, kind: Kind, width: int, **settings: Any) -> nn.Module:
-    m: Any = module
-    if not hasattr(m, "input_resolution"):
-        return RegroupedModule(module, factor, kind=kind, shapes=[(1, 3, 4, width), (1, 4, 4, width)], **settings)
-    if not _pair(m.input_resolution):
-        raise ValueError(
-            f"{type(module).__name__}: expected input_resolution as a pair (rows, columns); got {m.input_resolution!r}"
-        )
-    height, length = m.input_resolution
-    shapes: list[tuple[int, ...]] = [(1, height * length, width), (1, height, length, width)]
-    return RegroupedModule(module, factor, kind=kind, resolution="input_resolution", shapes=shapes, **settings)
 
 
 register(
@@ -205,15 +194,9 @@ def is_patch_embedding(module: nn.Module) -> bool:
 
 
 def convert_patch_embedding(module: nn.Module, shard_dim: int = -2, label: str | None = None) -> nn.Module:
-    """Embed patches of rows at the owner of the first.
-
-    Raises:
-        ValueError: If its size is no pair, or its convolution pads or is dilated.
-    """
+    """Embed patches of rows at the owner of the first."""
     m: Any = module
-    name, proj = type(module).__name__, m.proj
-    if not _pair(m.img_size):
-        raise ValueError(f"{name}: expected img_size as a pair (rows, columns); got {m.img_size!r}")
+    name, proj, size = type(module).__name__, m.proj, _resolution(module, "img_size")
     if proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1):
         raise ValueError(f"{name}: expected a convolution without padding and dilation; got {proj}")
     return RegroupedModule(
@@ -222,7 +205,7 @@ def convert_patch_embedding(module: nn.Module, shard_dim: int = -2, label: str |
         kind="merge",
         channels_last=False,
         resolution="img_size",
-        shapes=[(1, proj.in_channels, *m.img_size)],
+        shapes=[(1, proj.in_channels, *size)],
         takes=("proj",),
         shard_dim=shard_dim,
         label=label,

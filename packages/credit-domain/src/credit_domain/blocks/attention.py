@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import lru_cache
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit_domain.blocks.base import POINTWISE, Block, attend, wide
+from credit_domain.blocks.block import POINTWISE, Block, attend, wide
 from credit_domain.blocks.ring import ring_attention
-from credit_domain.domain import Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
-from credit_halo import plan_rows
-from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree, has_agreed
+from credit_domain.engine.driver import bring, step_for
+from credit_domain.engine.ranks import Domain, domain_of, normal_dim, sizes_of
+from credit_domain.engine.row_op import RowOfEach
+from credit_halo.extend import agree, group_by_name, has_agreed
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -46,10 +45,6 @@ def attention(
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         ring: Pass keys and values around.
         chunk: Keys whose scores are in memory at a time, with ``ring``.
-        partition: Who holds which **tokens** of ``key``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         This rank's tokens, (..., L, Ev).
@@ -57,7 +52,6 @@ def attention(
     Raises:
         ValueError: On all ranks alike, if a mask is not one of this rank's queries and all keys, or ranks disagree on
             whether there is one or a gradient is needed; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         This rank's keys and values to each other rank, and their gradients back; with ``ring`` as many messages as
@@ -75,7 +69,7 @@ def attention(
     pair = torch.cat((key, value), -1)
     if ring:
         return ring_attention(query, pair, attn_mask, scale, chunk, sizes, domain, label)
-    pair = bring(pair, -2, _gather(sizes, domain.rank), domain, label)
+    pair = bring(pair, -2, step_for(RowOfEach(), sizes, domain.rank, label), domain, label)
     return attend(query, pair[..., : key.shape[-1]], pair[..., key.shape[-1] :], attn_mask, scale)
 
 
@@ -116,20 +110,7 @@ def linear_attention(
     Queries are normalised over their features, keys over the tokens of all ranks. What is summed over tokens is so
     small that every rank tells every other its part.
 
-    Args:
-        query: This rank's queries, (..., L, E).
-        key: This rank's keys, (..., S, E).
-        value: This rank's values, (..., S, Ev).
-        scale: Factor of the queries; None is ``1 / sqrt(E)``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
-
-    Returns:
-        This rank's tokens, (..., L, Ev).
-
-    Raises:
-        ValueError: On all ranks alike as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
+    Shapes are those of :func:`attention`; ``scale`` is a factor of the queries, and ``1 / sqrt(E)`` where None.
 
     Collectives:
         One message of E * (Ev + 2) numbers for each head to and from each other rank, forward and backward.
@@ -146,25 +127,23 @@ def linear_attention(
         top = torch.cat((k.detach(), least), -2).amax(-2, keepdim=True)
         weights = (k - top).exp()
         part = torch.cat((weights.mT @ v, weights.sum(-2)[..., None], top.mT), -1)
-        parts = bring(part.unsqueeze(-3), -3, _gather((1,) * domain.size, domain.rank), domain, label)
+        step = step_for(RowOfEach(), (1,) * domain.size, domain.rank, label)
+        parts = bring(part.unsqueeze(-3), -3, step, domain, label)
         tops = parts[..., -1:].detach()
         sums = (parts[..., :-1] * (tops - tops.amax(-3, keepdim=True)).exp()).sum(-3)
         context: Tensor = sums[..., :-1] / sums[..., -1:]
     return query @ context.to(value.dtype)
 
 
-@constant
-def _gather(sizes: tuple[int, ...], rank: int) -> Step:
-    """All rows on every rank."""
-    return _cached_gather(sizes, rank)
+def over_tokens(qkv: Tensor, heads: int, at: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Attend over the tokens of a grid whose dim ``at`` is sharded: (B, 3 * heads * C, ...) to (B, heads * C, ...).
 
-
-@lru_cache(maxsize=4096)
-def _cached_gather(sizes: tuple[int, ...], rank: int) -> Step:
-    source = RowPartition(sizes, allow_empty=True)
-    rows = source.rows
-    plan = plan_rows(source, [range(rows)] * source.ranks, rank=rank)
-    return Step(plan.key, False, 0, rows, 0, rows, rows)
+    ``attend`` takes and returns (B, heads, tokens, C).
+    """
+    qkv = qkv.movedim(at, 2)  # sharded rows first: tokens are then in their order, rank after rank
+    batch, channels, grid = qkv.shape[0], qkv.shape[1] // (3 * heads), qkv.shape[2:]
+    query, key, value = (part.mT for part in qkv.reshape(batch, 3, heads, channels, grid.numel()).unbind(1))
+    return attend(query, key, value).mT.reshape(batch, heads * channels, *grid).movedim(2, at)
 
 
 class _TokenAttention(Block):
@@ -181,29 +160,18 @@ class _TokenAttention(Block):
         manager: DomainParallelManager | None = None,
         label: str | None = None,
     ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.heads, self.spatial, self.dim = heads, spatial, dim
+        super().__init__(dim, manager=manager, label=label)
+        self.heads, self.spatial = heads, spatial
         self.to_qkv = POINTWISE[spatial - 1](channels, 3 * heads * head_channels, 1, bias=False)
         self.to_out = POINTWISE[spatial - 1](heads * head_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all tokens; returns this rank's rows of ``x``, (B, C, H, W).
 
-        Raises:
-            ValueError: If ``dim`` is no spatial dim, and as the function that this block calls.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            Those of the function that this block calls.
+        Errors and collectives are those of the function that this block calls; ``dim`` must be a spatial dim.
         """
         at = normal_dim(self.dim, x.ndim, self.spatial, self.label)
-        qkv = self.to_qkv(x).movedim(at, 2)  # sharded rows first: tokens are then in their order, rank after rank
-        grid = qkv.shape[2:]
-        channels = qkv.shape[1] // (3 * self.heads)
-        qkv = qkv.reshape(x.shape[0], 3, self.heads, channels, grid.numel())
-        query, key, value = (part.mT for part in qkv.unbind(1))
-        out = self._attend(query, key, value).mT.reshape(x.shape[0], self.heads * channels, *grid)
-        result: Tensor = self.to_out(out.movedim(2, at))
+        result: Tensor = self.to_out(over_tokens(self.to_qkv(x), self.heads, at, self._attend))
         return result
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -219,9 +187,6 @@ class FullAttention(_TokenAttention):
         head_channels: Channels of a head.
         spatial: Number of spatial dims; 3 for (B, C, T, H, W).
         ring: Pass keys and values around in place of gathering them.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
     """
 
     def __init__(
@@ -244,17 +209,7 @@ class FullAttention(_TokenAttention):
 
 
 class LinearAttention(_TokenAttention):
-    """:func:`linear_attention` over all tokens of a grid, on this rank's rows (B, C, H, W).
-
-    Args:
-        channels: C.
-        heads: Number of heads.
-        head_channels: Channels of a head.
-        spatial: Number of spatial dims; 3 for (B, C, T, H, W).
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
-    """
+    """:func:`linear_attention` over all tokens of a grid, with the arguments of :class:`FullAttention` but ``ring``."""
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return linear_attention(query, key, value, manager=self.manager, label=self.label)

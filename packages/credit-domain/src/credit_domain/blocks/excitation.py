@@ -6,8 +6,8 @@ from collections.abc import Hashable
 
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block, Pointwise2d, wide
-from credit_domain.domain import domain_of, normal_dim, sizes_of, sum_over
+from credit_domain.blocks.block import Block, Pointwise2d, wide
+from credit_domain.engine.ranks import domain_of, normal_dim, sizes_of, sum_over
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -24,18 +24,12 @@ def global_mean(
 
     Args:
         x: This rank's rows: (B, C, H, W), or another number of spatial dims.
-        dim: The sharded dim.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         (B, C, 1, 1).
 
     Raises:
         ValueError: On all ranks alike, if ``dim`` is no spatial dim or ranks differ in other dims.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One sum of (B, C, 1, 1) forward, one backward.
@@ -53,19 +47,7 @@ def global_mean(
 
 
 class GlobalMean(Block):
-    """:func:`global_mean` in the place of :class:`torch.nn.AdaptiveAvgPool2d` ``(1)``.
-
-    Args:
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
-    """
-
-    def __init__(
-        self, dim: int = -2, *, manager: DomainParallelManager | None = None, label: str | None = None
-    ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.dim = dim
+    """:func:`global_mean` in the place of :class:`torch.nn.AdaptiveAvgPool2d` ``(1)``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean of each channel, (B, C, 1, 1); see :func:`global_mean` for errors and collectives."""
@@ -73,14 +55,9 @@ class GlobalMean(Block):
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a factor between 0 and 1, of the global means of all; parameters are named as torchvision's.
+    """Each of C channels times a factor between 0 and 1, made of all means by ``squeezed`` channels in between.
 
-    Args:
-        channels: C.
-        squeezed: Channels in between.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
+    Parameters are named as torchvision's.
     """
 
     def __init__(
@@ -104,14 +81,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class ScSE(nn.Module):
-    """Squeeze and excitation of channels plus that of points; parameters are named as segmentation_models_pytorch's.
+    """Squeeze and excitation of channels, of which C / ``reduction`` are in between, plus that of points.
 
-    Args:
-        channels: C.
-        reduction: C is divided by this in between.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
+    Parameters are named as segmentation_models_pytorch's.
     """
 
     def __init__(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from credit_domain.blocks.base import wide
-from credit_domain.domain import Domain, constant
-from credit_halo import ops, plan_rows
+from credit_domain.blocks.block import wide, worked_out
+from credit_domain.engine.ranks import Domain
+from credit_halo import plan_rows
+from credit_halo.extend import ops
 from credit_mesh import RowPartition
 
 
@@ -44,15 +44,8 @@ def ring_attention(
     the final sum backward finds the same weights again, in a second turn, in which gradients of keys and values travel
     with them and are home after the last round.
 
-    Args:
-        query: (..., L, E).
-        pair: Keys and values, (..., S, E + Ev).
-        mask: See :func:`credit_domain.blocks.attention`.
-        scale: Factor of the scores.
-        chunk: Number of keys whose scores are in memory.
-        sizes: Keys of each rank.
-        domain: Who takes part.
-        label: What errors and traces call this.
+    Args are those of :func:`credit_domain.blocks.attention`, with keys and values as a ``pair``, (..., S, E + Ev), and
+    the number of keys of each rank as ``sizes``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
@@ -61,13 +54,8 @@ def ring_attention(
     return out
 
 
-@constant
+@worked_out
 def _rounds(sizes: tuple[int, ...], rank: int) -> tuple[_Round, ...]:
-    return _cached_rounds(sizes, rank)
-
-
-@lru_cache(maxsize=4096)
-def _cached_rounds(sizes: tuple[int, ...], rank: int) -> tuple[_Round, ...]:
     ranks, offsets = len(sizes), RowPartition(sizes, allow_empty=True).offsets
     rounds = []
     for turn in range(ranks):

@@ -7,8 +7,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block
-from credit_domain.domain import domain_of, sizes_of
+from credit_domain.blocks.block import Block
+from credit_domain.engine.ranks import domain_of, sizes_of
 from credit_mesh import DomainParallelManager, RowPartition
 
 
@@ -30,10 +30,6 @@ def local_rows(
         table: Parameter or buffer of all rows, the same on every rank.
         x: This rank's rows of the tensor that the table is for.
         dim: The sharded dim, counted from the last where ``table`` and ``x`` have different numbers of dims.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         A view of ``table``.
@@ -55,14 +51,9 @@ def local_rows(
 
 
 class PositionTable(Block):
-    """Adds a learned value for each channel and point of the grid; whole on each rank, and in the state_dict.
+    """Adds a learned value for each channel and point of the whole ``grid``, (H, W) or (T, H, W).
 
-    Args:
-        channels: C.
-        grid: Size of the whole grid: (H, W), or (T, H, W).
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
+    The table is whole on each rank, and in the state_dict.
     """
 
     def __init__(
@@ -74,8 +65,7 @@ class PositionTable(Block):
         manager: DomainParallelManager | None = None,
         label: str | None = None,
     ) -> None:
-        super().__init__(manager=manager, label=label)
-        self.dim = dim
+        super().__init__(dim, manager=manager, label=label)
         self.table = nn.Parameter(torch.empty(1, channels, *grid))
         nn.init.trunc_normal_(self.table, std=0.02)
 

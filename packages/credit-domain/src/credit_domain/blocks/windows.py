@@ -9,16 +9,15 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from credit_domain.blocks.base import Block, attend
-from credit_domain.domain import ALONE, Domain, Step, bring, constant, domain_of, normal_dim, sizes_of
-from credit_halo import plan_rows
+from credit_domain.blocks.block import Block, attend, step_between, worked_out
+from credit_domain.engine.driver import Step, bring
+from credit_domain.engine.ranks import ALONE, Domain, domain_of, normal_dim, sizes_of
 from credit_mesh import DomainParallelManager, RowPartition
 
 _N = TypeVar("_N", int, Tensor)
@@ -109,7 +108,6 @@ class Windows(NamedTuple):
         cuts: How each spatial dim is cut.
         at: Index of the sharded dim among them.
         domain: Who takes part.
-        label: What errors and traces call this.
     """
 
     inside: Tensor | None
@@ -144,11 +142,6 @@ def split_windows(
             together do not see each other, as by the mask of Swin. None: along longitude, the last dim, alone.
         dilated: A window holds rows ``r, r + n, r + 2n, ...``, where ``n`` is the number of windows, in place of
             consecutive ones; likewise along the other dims.
-        dim: The sharded dim.
-        partition: Who holds which rows of ``x``; where None, the ranks ask each other, once for each ``layer``.
-        manager: Whose domain group takes part; None is the present one, or nobody else.
-        label: What errors and traces call this.
-        layer: What a module remembers the partition by; see :class:`Block`.
 
     Returns:
         The tokens of this rank's windows, (B, n, N, C), perhaps of none, and what :func:`join_windows` needs.
@@ -156,7 +149,6 @@ def split_windows(
     Raises:
         ValueError: On all ranks alike, if ``dim`` is no spatial dim, there is not one window or shift for each, or a
             shift is not smaller than its window; and as :func:`credit_halo.exchange_rows`.
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
 
     Collectives:
         One message to and from each rank within reach, forward and backward; none where boundaries between ranks are
@@ -189,17 +181,9 @@ def split_windows(
 
 
 def join_windows(tokens: Tensor, layout: Windows) -> Tensor:
-    """Put the windows of :func:`split_windows` back: this rank's rows, (B, C, H, W), of any number of channels.
+    """Put the tokens (B, n, N, C) of :func:`split_windows` back: this rank's rows, (B, C, H, W), of any channels.
 
-    Args:
-        tokens: (B, n, N, C).
-        layout: What :func:`split_windows` returned with them.
-
-    Raises:
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-    Collectives:
-        Those of :func:`split_windows`.
+    Collectives are those of :func:`split_windows`, which returned ``layout``.
     """
     cuts, nd = layout.cuts, len(layout.cuts)
     windows, sizes = [cut.windows for cut in cuts], [cut.line.window for cut in cuts]
@@ -217,13 +201,8 @@ def _each(value: int | Sequence[int], nd: int) -> tuple[int, ...]:
     return tuple(operator.index(each) for each in values)  # torch.compile may have symbols for them
 
 
-@constant
+@worked_out
 def _cut(sizes: tuple[int, ...], rank: int, window: int, shift: int, kind: str) -> _Cut:
-    return _cached_cut(sizes, rank, window, shift, kind)
-
-
-@lru_cache(maxsize=4096)
-def _cached_cut(sizes: tuple[int, ...], rank: int, window: int, shift: int, kind: str) -> _Cut:
     source = RowPartition(sizes, allow_empty=True)
     line = _Line.of(source.rows, window, shift, kind)
     held = Counter(line.owner(k, source) for k in range(line.windows))
@@ -231,14 +210,8 @@ def _cached_cut(sizes: tuple[int, ...], rank: int, window: int, shift: int, kind
     rows_of = [tuple(line.row(slot) for slot in slots.interval(r)) for r in range(source.ranks)]
     slots_of = [tuple(line.slot(row) for row in source.interval(r)) for r in range(source.ranks)]
     padded = any(not 0 <= row < line.size for row in rows_of[rank])
-    return _Cut(line, _step(source, slots, rows_of, rank), _step(slots, source, slots_of, rank), padded)
-
-
-def _step(source: RowPartition, target: RowPartition, needs: list[tuple[int, ...]], rank: int) -> Step:
-    """Bring each rank the rows of ``source`` in ``needs``, which are its own rows of ``target`` from then on."""
-    local = all(need == tuple(source.interval(r)) for r, need in enumerate(needs))
-    own = target.interval(rank)
-    return Step(plan_rows(source, needs, rank=rank).key, local, own.start, len(own), own.start, len(own), target.rows)
+    split, join = step_between(source, slots, rows_of, rank), step_between(slots, source, slots_of, rank)
+    return _Cut(line, split, join, padded)
 
 
 def _inside(cuts: tuple[_Cut, ...], device: torch.device) -> Tensor | None:
@@ -259,18 +232,10 @@ class WindowAttention(Block):
 
     Args:
         channels: C.
-        window: Size of a window along each spatial dim.
-        heads: Number of heads, which divides C.
-        shift: As :func:`split_windows`, like ``cyclic`` and ``dilated``.
-        cyclic: See ``shift``.
-        dilated: See ``shift``.
+        window: Size of a window along each spatial dim; it, ``shift``, ``cyclic`` and ``dilated`` are those of
+            :func:`split_windows`.
+        heads: Number of heads, which must divide C.
         qkv_bias: Whether queries, keys and values have a bias.
-        dim: The sharded dim.
-        manager: Whose domain group takes part; None looks up the present one at each call.
-        label: What errors and traces call this block.
-
-    Raises:
-        ValueError: If ``heads`` does not divide ``channels``.
     """
 
     relative_position_index: Tensor
@@ -289,11 +254,11 @@ class WindowAttention(Block):
         manager: DomainParallelManager | None = None,
         label: str | None = None,
     ) -> None:
-        super().__init__(manager=manager, label=label)
+        super().__init__(dim, manager=manager, label=label)
         if channels % heads:
             raise ValueError(f"{self.label}: {heads} heads do not divide {channels} channels")
         self.window, self.shift, self.heads = tuple(window), shift, heads
-        self.cyclic, self.dilated, self.dim = cyclic, dilated, dim
+        self.cyclic, self.dilated = cyclic, dilated
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
         offsets = prod(2 * size - 1 for size in self.window)
@@ -302,15 +267,7 @@ class WindowAttention(Block):
         self.register_buffer("relative_position_index", relative_positions(self.window))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows; returns this rank's rows.
-
-        Raises:
-            ValueError: As :func:`split_windows`.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            Those of :func:`split_windows` and :func:`join_windows`.
-        """
+        """Attend within windows; returns this rank's rows. See :func:`split_windows` for errors and collectives."""
         settings = {"cyclic": self.cyclic, "dilated": self.dilated, "dim": self.dim, **self.sharding}
         tokens, layout = split_windows(x, self.window, self.shift, **settings)
         B, n, N, _ = tokens.shape

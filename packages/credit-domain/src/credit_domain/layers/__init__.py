@@ -1,7 +1,17 @@
-"""Layers on sharded rows: each wraps torch's module of the same name, and gives the numbers of one rank."""
+"""Layers on sharded rows: each wraps torch's module of the same name, and gives the numbers of one rank.
 
-from credit_domain.layers.base import DomainParallelLayer
-from credit_domain.layers.conv import (
+All of them are made of the module to wrap and take
+
+- ``shard_dim``: the sharded dim; latitude, -2, unless a layer says otherwise, or the only dim. A dim counted from the
+  first is that of batched tensors.
+- ``manager``: whose domain group takes part; None looks up the present one at each call.
+- ``label``: what errors and traces call the layer, the same on every rank; None takes the name of the class.
+
+Their errors and collectives are those of the function of the same name in :mod:`credit_domain.functional`.
+"""
+
+from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.ops.conv.conv_layers import (
     DomainParallelConv1d,
     DomainParallelConv2d,
     DomainParallelConv3d,
@@ -10,7 +20,7 @@ from credit_domain.layers.conv import (
     DomainParallelConvTranspose3d,
     DomainParallelPeriodicConv2d,
 )
-from credit_domain.layers.dropout import (
+from credit_domain.ops.dropout.dropout_layers import (
     DomainParallelAlphaDropout,
     DomainParallelDropout,
     DomainParallelDropout1d,
@@ -18,8 +28,8 @@ from credit_domain.layers.dropout import (
     DomainParallelDropout3d,
     DomainParallelFeatureAlphaDropout,
 )
-from credit_domain.layers.interpolate import DomainParallelInterpolate, DomainParallelUpsample
-from credit_domain.layers.norm import (
+from credit_domain.ops.interpolation.interpolation import DomainParallelInterpolate, DomainParallelUpsample
+from credit_domain.ops.norms.norm_layers import (
     DomainParallelBatchNorm1d,
     DomainParallelBatchNorm2d,
     DomainParallelBatchNorm3d,
@@ -30,9 +40,9 @@ from credit_domain.layers.norm import (
     DomainParallelLayerNorm,
     DomainParallelRMSNorm,
 )
-from credit_domain.layers.pad import DomainParallelCrossEmbedBranch, DomainParallelPad
-from credit_domain.layers.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
-from credit_domain.layers.pool import (
+from credit_domain.ops.padding.padding_layers import DomainParallelCrossEmbedBranch, DomainParallelPad
+from credit_domain.ops.pixel import DomainParallelPixelShuffle, DomainParallelPixelUnshuffle
+from credit_domain.ops.pooling.pooling_layers import (
     DomainParallelAdaptiveAvgPool1d,
     DomainParallelAdaptiveAvgPool2d,
     DomainParallelAdaptiveAvgPool3d,

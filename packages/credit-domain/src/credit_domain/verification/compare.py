@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,21 @@ class Comparison:
     sizes: tuple[int, ...] = ()
 
 
+def is_number(x: Tensor) -> bool:
+    """Whether a tensor has a gradient to compare: floating-point or complex."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def has_rows(x: Tensor, rows: int, dim: int) -> bool:
+    """Whether a tensor of three or more dims has so many rows."""
+    return x.ndim >= 3 and x.shape[dim] == rows
+
+
 def sharded_dim(whole: Sequence[int], shards: Sequence[Sequence[int]], preferred: int) -> int | None:
     """The dim along which shapes add up to the whole, counted from the last; the preferred one where several do.
+
+    Returns:
+        None where every rank has the shape of the whole.
 
     Raises:
         LookupError: If there is none, and the ranks do not all hold the whole either.
@@ -37,12 +50,33 @@ def sharded_dim(whole: Sequence[int], shards: Sequence[Sequence[int]], preferred
     ndim = len(whole)
     if all(len(shard) == ndim for shard in shards):
         for dim in sorted(range(-ndim, 0), key=lambda d: (d != preferred, d)):
-            others = [d for d in range(-ndim, 0) if d != dim]
-            if sum(shard[dim] for shard in shards) == whole[dim] and all(
-                shard[d] == whole[d] for shard in shards for d in others
-            ):
+            fits = all(_but(shard, dim) == _but(whole, dim) for shard in shards)
+            if fits and sum(shard[dim] for shard in shards) == whole[dim]:
                 return dim
     raise LookupError(f"the shapes {', '.join(str(tuple(s)) for s in shards)} are no shards of {tuple(whole)}")
+
+
+def part_of(whole: Tensor, shards: Sequence[Sequence[int]], rank: int, preferred: int) -> tuple[Tensor, int | None]:
+    """What a rank holds of a whole, by the shapes that the ranks hold; and the dim as :func:`sharded_dim` finds it."""
+    dim = sharded_dim(whole.shape, shards, preferred)
+    if dim is None:
+        return whole, None
+    return whole.narrow(dim, sum(shard[dim] for shard in shards[:rank]), shards[rank][dim]), dim
+
+
+def own_factors(
+    factors: Mapping[str, Tensor], shapes: Sequence[Mapping[str, tuple[int, ...]]], rank: int, preferred: int
+) -> dict[str, Tensor]:
+    """A rank's part of the weights of a loss; of an output that all ranks hold, its share.
+
+    Raises:
+        LookupError: If the outputs of the ranks, of these shapes, are no shards of the whole.
+    """
+    mine = {}
+    for path, factor in factors.items():
+        part, dim = part_of(factor, [told.get(path, ()) for told in shapes], rank, preferred)
+        mine[path] = part / len(shapes) if dim is None else part
+    return mine
 
 
 def compare(whole: Tensor, shards: Sequence[Tensor], preferred: int, tolerance: float) -> Comparison:
@@ -68,7 +102,7 @@ def compare(whole: Tensor, shards: Sequence[Tensor], preferred: int, tolerance: 
     by_row = difference.amax(others) if others and difference.numel() else difference.reshape(-1)
     bad = ~(by_row <= tolerance * scale)
     error = float(difference.max()) / scale if difference.numel() else 0.0
-    return Comparison(dim, error, tuple(bad.nonzero().flatten().tolist()), tuple(shard.shape[dim] for shard in shards))
+    return Comparison(dim, error, tuple(bad.nonzero().flatten().tolist()), tuple(shape[dim] for shape in shapes))
 
 
 def compare_whole(whole: Tensor, other: Tensor, least: float = 0.0) -> float:
@@ -82,12 +116,28 @@ def compare_whole(whole: Tensor, other: Tensor, least: float = 0.0) -> float:
     return float((whole - other).abs().max()) / max(_scale(whole), least)
 
 
+def near(expected: Tensor, found: Tensor, tolerance: float, whole: Tensor, dim: int | None) -> bool:
+    """Whether a part of a whole is as expected, in each channel, since channels may be in other units.
+
+    Errors are relative to the largest value of a channel of ``whole``, which is sharded along ``dim``.
+    """
+    if expected.shape != found.shape:
+        return False
+    scales = size = whole.detach().abs()
+    if size.numel():
+        scales = largest = size.max()
+        if whole.ndim >= 3 and dim != 1 - whole.ndim:
+            others = [d for d in range(whole.ndim) if d != 1]
+            scales = size.amax(others, keepdim=True).clamp(min=1e-6 * float(largest))
+    return bool(((expected - found).detach().abs() <= tolerance * scales).all())
+
+
 def _but(shape: Sequence[int], dim: int) -> tuple[int, ...]:
     return tuple(size for d, size in enumerate(shape) if d != dim + len(shape))
 
 
 def _numbers(x: Tensor) -> Tensor:
-    return x if x.is_floating_point() or x.is_complex() else x.double()
+    return x if is_number(x) else x.double()
 
 
 def _scale(whole: Tensor) -> float:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from credit_domain.layers.base import DomainParallelLayer
-from credit_domain.trace import drop_trials, managers_of
+from credit_domain.casts import cast_tensor
+from credit_domain.engine.layer import DomainParallelLayer
+from credit_domain.model.trace import drop_trials, managers_of
+from credit_domain.verification.compare import is_number
 from credit_domain.verification.record import without_dropout
 
 Switches = dict[str, dict[str, bool | int | float | str]]
@@ -48,9 +50,7 @@ class Ghost:
         memo: dict[int, Any] = managers_of(model) if like is None else {}  # the plain model runs on one rank
         for part in model.modules():
             for value in vars(part).values():
-                if (
-                    isinstance(value, Tensor) and not value.is_leaf
-                ):  # a hook computes it from parameters, and will again
+                if isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it, and will again
                     memo[id(value)] = value.detach().clone()
         for parameter in model.parameters():
             if id(parameter) in names:
@@ -65,19 +65,11 @@ class Ghost:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def made(self, dtype: torch.dtype, device: torch.device, weights: dict[str, nn.Parameter]) -> nn.Module:
-        """A model with random weights, without dropout.
+        """A model with random weights, without dropout, in ``dtype`` or the complex dtype that belongs to it.
 
-        Args:
-            dtype: Of floating-point parameters and buffers; complex ones become complex numbers of two of these.
-            device: Where it is.
-            weights: The weights by their names in the plain model. Those that are missing are drawn and added, so that
-                the ghosts of the plain and of the converted model share them.
+        ``weights`` are those by their names in the plain model. Those that are missing are drawn and added, so that the
+        ghosts of the plain and of the converted model share them.
         """
-        complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-
-        def wanted(x: Tensor) -> torch.dtype:
-            return complex_dtype if x.is_complex() else dtype if x.is_floating_point() else x.dtype
-
         model, names = copy.deepcopy(self.model), iter(self.order)
         own: dict[int, nn.Parameter] = {}
         for part in model.modules():
@@ -86,26 +78,24 @@ class Ghost:
                     continue
                 name = next(names)
                 if name is None:  # a converter made it
-                    value = parameter.detach().to(device, wanted(parameter))
+                    value = cast_tensor(parameter.detach(), dtype, device)
                     made = own.setdefault(id(parameter), nn.Parameter(value, parameter.requires_grad))
                 else:
                     if name not in weights:
-                        value = _random(parameter, name, wanted(parameter)).to(device)
+                        value = _random(cast_tensor(parameter, dtype), name).to(device)
                         weights[name] = nn.Parameter(value, parameter.requires_grad)
                     made = weights[name]
                 part._parameters[key] = made
             for key, buffer in part._buffers.items():
                 if buffer is not None:
-                    part._buffers[key] = buffer.to(device, wanted(buffer))
+                    part._buffers[key] = cast_tensor(buffer, dtype, device)
         without_dropout(model)
         return model
 
     def follow(self, model: nn.Module, before: Switches) -> None:
-        """Take over what has changed in the real model since: its mode, switches (flags, numbers, texts) and buffers.
+        """Take over what has changed in the converted model since: its mode, switches and buffers.
 
-        Args:
-            model: The converted model as it is now.
-            before: Its switches when it had just been converted.
+        ``before`` are its switches (flags, numbers, texts) when it had just been converted.
         """
         mine, now = dict(self.model.named_modules()), switches_of(model)
         buffers = {name.replace(_CHECKPOINTED, ""): buffer for name, buffer in model.named_buffers()}
@@ -126,6 +116,25 @@ class Ghost:
             theirs.data = mine.detach().to(theirs.device, theirs.dtype, copy=True)
 
 
+class Twins:
+    """The models that ghosts make on a device, made when they are needed, with one set of weights."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._dtype = device, torch.float64
+        self._weights: dict[str, nn.Parameter] = {}
+        self._made: dict[int, nn.Module] = {}
+
+    def model(self, ghost: Ghost, dtype: torch.dtype) -> nn.Module:
+        """The model of a ghost, with its first buffers; those of another dtype are let go."""
+        if dtype != self._dtype:
+            self._dtype, self._weights, self._made = dtype, {}, {}
+        if id(ghost) in self._made:
+            ghost.restore(self._made[id(ghost)])
+        else:
+            self._made[id(ghost)] = ghost.made(dtype, self._device, self._weights)
+        return self._made[id(ghost)]
+
+
 def switches_of(model: nn.Module) -> Switches:
     """Flags, numbers and texts that the modules of a model hold, by the names of the modules."""
     return {
@@ -142,12 +151,12 @@ def _inner(module: nn.Module) -> nn.Module:
     return inner
 
 
-def _random(like: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def _random(like: Tensor, name: str) -> Tensor:
     """Weights of such a size that a layer keeps the scale of its input; scales near 1, biases near 0."""
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return torch.ones(like.shape, dtype=dtype)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    values = torch.randn(like.shape, dtype=dtype, generator=generator)
+    if not is_number(like):
+        return torch.ones(like.shape, dtype=like.dtype, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    values = torch.randn(like.shape, dtype=like.dtype, generator=generator, device="cpu")
     if like.ndim < 2:
         return 0.1 * values if name.endswith("bias") else 1 + 0.1 * values
     return values / math.sqrt(max(1, math.prod(like.shape[1:])))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from credit_domain.layers.base import DomainParallelLayer
+from credit_domain.containers import tensors_in
+from credit_domain.engine.layer import DomainParallelLayer
 
 Key = tuple[str, str, int]
 """``enter`` or ``exit``, the qualified name of a module, and which of its calls it is."""
@@ -78,6 +78,17 @@ class Recorder:
         if self._on:
             self.narrow.setdefault(dtype, (self.stack[-1] if self.stack else "") or "the model's own forward")
 
+    def kind_of(self, name: str) -> str:
+        """Name of the class of a module."""
+        return self.kinds.get(name, "?")
+
+    def to_cpu(self) -> Recorder:
+        """Bring what was recorded to the CPU, so that it can be sent."""
+        for i, event in enumerate(self.events):
+            tensors, gradients = ({path: x.cpu() for path, x in xs.items()} for xs in (event.tensors, event.gradients))
+            self.events[i] = replace(event, tensors=tensors, gradients=gradients)
+        return self
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._on:
             name = self.names.get(id(module), "?")
@@ -91,10 +102,9 @@ class Recorder:
 
     def _add(self, kind: str, name: str, values: dict[str, Any]) -> None:
         count = self._counts[kind, name] = self._counts.get((kind, name), -1) + 1
-        tensors = dict(tensors_in(values))
         event = Event((kind, name, count), self.stack[-1] if self.stack else "", {}, calls=tuple(self._suspects))
         self._suspects = []
-        for path, tensor in tensors.items():
+        for path, tensor in tensors_in(values):
             event.tensors[path] = tensor.detach().clone()
             if tensor.requires_grad:
                 tensor.register_hook(  # type: ignore[no-untyped-call]
@@ -103,76 +113,22 @@ class Recorder:
         self.events.append(event)
 
 
-def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested containers, with their paths."""
-    if isinstance(value, Tensor):
-        yield path.lstrip("."), value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from tensors_in(item, f"{path}.{name}")
-    elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from tensors_in(item, f"{path}[{i}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, item.name), f"{path}.{item.name}")
-
-
 FIXED_NOISE = 0.5
 """What everything random returns while a model is verified."""
 
 _DROPOUT = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 _NOISE = {torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.normal, torch.bernoulli}
 _NOISE_IN_PLACE = {Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_}
+_IN_FUNCTIONAL = """pad interpolate scaled_dot_product_attention grid_sample unfold fold softmax conv2d conv3d
+max_pool2d avg_pool2d adaptive_avg_pool2d layer_norm group_norm instance_norm batch_norm"""
+_OF_TENSORS = "roll flip mean sum amax max var std cumsum softmax matmul"
 _MIXES_ROWS: dict[Any, str] = {
-    F.pad: "F.pad",
-    torch.roll: "torch.roll",
-    Tensor.roll: "Tensor.roll",
-    torch.flip: "torch.flip",
-    Tensor.flip: "Tensor.flip",
-    F.interpolate: "F.interpolate",
-    F.scaled_dot_product_attention: "F.scaled_dot_product_attention",
-    F.grid_sample: "F.grid_sample",
-    F.unfold: "F.unfold",
-    F.fold: "F.fold",
-    torch.mean: "torch.mean",
-    Tensor.mean: "Tensor.mean",
-    torch.sum: "torch.sum",
-    Tensor.sum: "Tensor.sum",
-    torch.amax: "torch.amax",
-    Tensor.amax: "Tensor.amax",
-    torch.max: "torch.max",
-    Tensor.max: "Tensor.max",
-    torch.var: "torch.var",
-    Tensor.var: "Tensor.var",
-    torch.std: "torch.std",
-    Tensor.std: "Tensor.std",
-    torch.cumsum: "torch.cumsum",
-    Tensor.cumsum: "Tensor.cumsum",
-    F.softmax: "F.softmax",
-    torch.softmax: "torch.softmax",
-    Tensor.softmax: "Tensor.softmax",
-    torch.matmul: "torch.matmul",
-    Tensor.matmul: "Tensor.matmul",
+    **{getattr(F, name): f"F.{name}" for name in _IN_FUNCTIONAL.split()},
+    **{getattr(torch, name): f"torch.{name}" for name in [*_OF_TENSORS.split(), "einsum", "bmm"]},
+    **{getattr(Tensor, name): f"Tensor.{name}" for name in _OF_TENSORS.split()},
+    **{getattr(torch.fft, name): f"torch.fft.{name}" for name in ("fft", "rfft", "fft2", "rfft2")},
     Tensor.__matmul__: "@",
-    torch.einsum: "torch.einsum",
-    torch.bmm: "torch.bmm",
-    F.conv2d: "F.conv2d",
-    F.conv3d: "F.conv3d",
-    F.max_pool2d: "F.max_pool2d",
-    F.avg_pool2d: "F.avg_pool2d",
-    F.adaptive_avg_pool2d: "F.adaptive_avg_pool2d",
-    F.layer_norm: "F.layer_norm",
-    F.group_norm: "F.group_norm",
-    F.instance_norm: "F.instance_norm",
-    F.batch_norm: "F.batch_norm",
-    torch.fft.fft: "torch.fft.fft",
-    torch.fft.rfft: "torch.fft.rfft",
-    torch.fft.fft2: "torch.fft.fft2",
-    torch.fft.rfft2: "torch.fft.rfft2",
 }
-
-
 _NARROW = {torch.float32, torch.complex64, torch.bfloat16, torch.float16}
 """What a model in double precision computes in only where its own code asks for it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 
 from credit_mesh import RowPartition
 
@@ -122,8 +122,5 @@ def _ranges(rows: Sequence[int]) -> str:
 
 def seams_near(rows: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
     """Boundaries between ranks that lie within or beside the rows."""
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size)
-    near = set(rows) | {row + 1 for row in rows}
-    return tuple(start for _, start in pairwise(offsets[:-1]) if start in near)
+    near = {*rows, *(row + 1 for row in rows)}
+    return tuple(start for start in accumulate(sizes[:-1]) if start in near)

@@ -56,7 +56,7 @@ def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: fl
         torch._C._distributed_c10d._set_thread_isolation_mode(True)
         world = threaded._install_threaded_pg()
         store = dist.HashStore()  # type: ignore[attr-defined,unused-ignore]
-        _ThreadGroup.post = post
+        ThreadGroup.post = post
 
         def rank_main(rank: int) -> None:
             dist.init_process_group(
@@ -138,8 +138,8 @@ class _Work(dist.Work):  # type: ignore[misc,unused-ignore]
         return True
 
 
-class _ThreadGroup(threaded.ProcessLocalGroup):  # type: ignore[misc,unused-ignore]
-    """torch's group of threads, with send and receive."""
+class ThreadGroup(threaded.ProcessLocalGroup):  # type: ignore[misc,unused-ignore]
+    """The process group of ranks that are threads: torch's own, with send and receive, which tests may count."""
 
     post: _PostOffice
 
@@ -159,8 +159,8 @@ class _ThreadGroup(threaded.ProcessLocalGroup):  # type: ignore[misc,unused-igno
         return _Work(take)
 
 
-def _create(store: Any, rank: int, world_size: int, timeout: timedelta) -> _ThreadGroup:
-    group = _ThreadGroup(rank, world_size)
+def _create(store: Any, rank: int, world_size: int, timeout: timedelta) -> ThreadGroup:
+    group = ThreadGroup(rank, world_size)
     distributed_c10d._store_based_barrier(rank, store, "", world_size, timeout)  # type: ignore[arg-type, unused-ignore]
     return group
 

@@ -1,138 +1,195 @@
-"""The configuration of a run: the YAML file that ``credit-parallel train`` reads, checked before anything starts."""
+"""The configuration of a run: the YAML file that ``credit-parallel train`` reads, checked before anything starts.
+
+A field states its type, its bounds and its meaning once. The check, the messages, the JSON schema for editors and the
+documentation follow from there.
+"""
 
 from __future__ import annotations
 
-import difflib
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from credit_mesh import ParallelismConfig
+from credit_parallel.app import config_values as values
+from credit_parallel.app.config_errors import FORMER, ConfigError, in_our_words, one_line_each
 
-LONGEST = 1e8
-"""The longest timeout, in seconds: three years."""
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "rossby-haurwitz"
 """The data set that needs no file."""
 
+CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-@dataclass(frozen=True)
+
+def _model_block(value: Any) -> Any:
+    """The ``model`` block of a file, in which options stand beside the name, as the arguments of the class."""
+    value = values.mapping(value)
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(key, str) for key in value):
+        raise ValueError(f"model must be a block of keys and values; got {value!r}")
+    name = {"name": value.pop("name")} if "name" in value else {}
+    return {**name, "options": value}
+
+
+@in_our_words("data")
+@dataclass(frozen=True, config=CONFIG)
 class DataConfig:
-    """The ``data`` block: which fields, and which times of them.
+    """The ``data`` block: which fields, and which times of them."""
 
-    Attributes:
-        source: A NetCDF or GRIB file, a pattern of such files, a Zarr store, ``tutorial:NAME`` for a data set of
-            ``xarray.tutorial``, or ``rossby-haurwitz`` for the embedded one.
-        variables: Names of variables; empty for all that lie on the grid.
-        levels: Values of the vertical coordinate; empty for all.
-        lead: Time between input and target: a number of steps of the file, or text such as ``6h``.
-        history: How many states, one lead apart, the model sees.
-        forcings: Fields that are known in advance: ``solar``, ``position``.
-        train: Times to train on, from the first to before the second: text such as ``2019-03-24``, or fractions of
-            all times; None for no bound.
-        valid: Times to validate on; None for none.
-        workers: Processes that read ahead, on each rank.
-        options: For the embedded data, its arguments; otherwise those of ``xarray.open_dataset``.
-    """
-
-    source: str = EMBEDDED
-    variables: tuple[str, ...] = ()
-    levels: tuple[float, ...] = ()
-    lead: int | str = 1
-    history: int = 1
-    forcings: tuple[str, ...] = ()
-    train: tuple[Any, Any] = (0.0, 0.8)
-    valid: tuple[Any, Any] | None = (0.8, 1.0)
-    workers: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    source: values.Text = EMBEDDED
+    """A NetCDF or GRIB file, a pattern of such files, a Zarr store, ``tutorial:NAME`` for a data set of
+    ``xarray.tutorial``, or ``rossby-haurwitz`` for the embedded one."""
+    variables: values.Names = ()
+    """Names of variables; empty for all that lie on the grid."""
+    levels: values.Levels = ()
+    """Values of the vertical coordinate; empty for all."""
+    lead: values.Lead = 1
+    """Time between input and target: a number of steps of the file, or text such as ``6h``."""
+    history: values.Count = 1
+    """How many states, one lead apart, the model sees."""
+    forcings: values.Names = ()
+    """Fields that are known in advance: ``solar``, ``position``."""
+    train: values.Times = (0.0, 0.8)
+    """Times to train on, from the first to before the second: text such as ``2019-03-24``, or fractions of all times;
+    null for no bound."""
+    valid: values.TimesOrNone = (0.8, 1.0)
+    """Times to validate on; null for none."""
+    workers: values.Whole = 0
+    """Processes that read ahead, on each rank."""
+    options: values.Options = field(default_factory=dict)
+    """For the embedded data, its arguments; otherwise those of ``xarray.open_dataset``."""
 
 
-@dataclass(frozen=True)
+@in_our_words("model")
+@dataclass(frozen=True, config=CONFIG)
 class ModelConfig:
-    """The ``model`` block.
+    """The ``model`` block: which model, and its options beside the name."""
 
-    Attributes:
-        name: ``unet``, ``transformer``, or ``package.module:factory`` for a model of your own.
-        options: What is passed to it, besides those of ``in_channels``, ``out_channels``, ``height``, ``width`` and
-            ``periodic`` that it takes.
-    """
-
-    name: str = "unet"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: values.Text = "unet"
+    """``unet``, ``transformer``, or ``package.module:factory`` for a model of your own."""
+    options: values.Options = field(default_factory=dict)
+    """What is passed to it, besides those of ``in_channels``, ``out_channels``, ``height``, ``width`` and
+    ``periodic`` that it takes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
+class _Parallelism:
+    """How ranks are arranged."""
+
+    data: Annotated[Literal["fsdp2", "ddp", "none"], Field(title="one of fsdp2, ddp, none")] = "none"
+    """How replicas are kept in step."""
+    tensor: values.Count = 1
+    """How many ranks share the channels of a layer."""
+    domain: values.Count = 1
+    """How many ranks share the latitude rows of a sample."""
+
+
+def _parallelism_block(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ParallelismConfig) else values.mapping(value)
+
+
+# Checked as the block, and kept as what the lower layers take.
+_ParallelismField = Annotated[
+    ParallelismConfig,
+    GetPydanticSchema(lambda _, handler: handler(_Parallelism)),
+    AfterValidator(lambda block: ParallelismConfig(**asdict(block))),
+    BeforeValidator(_parallelism_block),
+]
+
+
+@in_our_words("trainer")
+@dataclass(frozen=True, config=CONFIG)
 class TrainerConfig:
-    """The ``trainer`` block.
+    """The ``trainer`` block: either ``steps`` or ``epochs``, and how to train."""
 
-    Attributes:
-        parallelism: How ranks are arranged; see :class:`credit_mesh.ParallelismConfig`.
-        steps: Steps of the optimizer; None where ``epochs`` says.
-        epochs: Passes through the samples; None where ``steps`` says.
-        batch_size: Samples of one step, on all replicas together, so that it means the same on every layout.
-        accumulate: Parts in which a replica works through its share of them.
-        rollout: Steps of the model that a loss spans.
-        lr: The largest learning rate.
-        weight_decay: Of weights; biases, norms and tables have none.
-        betas: Of AdamW.
-        warmup: Steps in which the learning rate rises to ``lr``.
-        final_lr: What it falls to along a cosine, as a fraction of ``lr``.
-        clip: The largest norm of the gradients; None for any.
-        latitude_weights: ``cos`` or ``cell``, see :func:`credit_parallel.losses.latitude_weights`; None for none.
-        amp: Compute in bfloat16.
-        activation_checkpoint: Recompute blocks in the backward in place of keeping their activations.
-        fsdp2_blocks: Further classes and modules that are blocks.
-        trial: Whether a model with code of its own is tried, whole and sharded, before it trains. False lets code that
-            mixes rows train on wrong numbers; see :func:`credit_domain.convert.convert_to_domain_parallel`.
-        find_unused_parameters: Taken, and not needed: parameters without a gradient are handled either way.
-        compile: Compile the model with ``torch.compile``.
-        device: ``cuda``, ``cpu``, or ``auto``.
-        dtype: Of parameters and data: ``float32`` or ``float64``.
-        seed: Of the weights and the order of samples.
-        valid_every: Steps between validations; 0 for one at the end alone.
-        checkpoint_every: Steps between checkpoints; 0 for one at the end alone.
-        keep: Checkpoints to keep.
-        log_every: Steps between lines of the log.
-        tensorboard: Whether to write for TensorBoard too.
-        timeout: Seconds that ranks wait for each other once training runs; a rank that is dead or stopped ends the run
-            within them.
-        startup_timeout: The same until the first step is done, while kernels compile and files are read for the first
-            time; never less than ``timeout``.
-    """
+    parallelism: _ParallelismField = field(default_factory=ParallelismConfig)
+    """How ranks are arranged; see ``credit_mesh.ParallelismConfig``."""
+    steps: values.CountOrNone = None
+    """Steps of the optimizer; null where ``epochs`` says."""
+    epochs: values.CountOrNone = None
+    """Passes through the samples; null where ``steps`` says."""
+    batch_size: values.Count = 4
+    """Samples of one step, on all replicas together, so that it means the same on every layout."""
+    grad_accum_steps: values.Count = 1
+    """Micro-batches in which a replica works through its samples of a step."""
+    rollout: values.Count = 1
+    """Steps of the model that a loss spans."""
+    lr: values.Positive = 1e-3
+    """The largest learning rate."""
+    weight_decay: values.Number = 0.01
+    """Of weights; biases, norms and tables have none."""
+    betas: values.Betas = (0.9, 0.95)
+    """Of AdamW."""
+    warmup: values.Whole = 0
+    """Steps in which the learning rate rises to ``lr``."""
+    final_lr: values.Number = 0.0
+    """What it falls to along a cosine, as a fraction of ``lr``."""
+    max_grad_norm: values.PositiveOrNone = 1.0
+    """The norm to which gradients are clipped; null for any."""
+    latitude_weights: Annotated[Literal["cos", "cell"] | None, Field(title="one of cos, cell, null")] = "cos"
+    """``cos`` or ``cell``, see ``credit_parallel.losses.latitude_weights``; null for none."""
+    amp: values.Flag = False
+    """Compute in bfloat16."""
+    activation_checkpoint: values.Flag = False
+    """Recompute blocks in the backward in place of keeping their activations."""
+    fsdp2_blocks: values.Names = ()
+    """Further classes and modules that are blocks."""
+    find_unused_parameters: values.Flag = False
+    """Taken, and not needed: parameters without a gradient are handled either way."""
+    trial: values.Flag = True
+    """Whether a model with code of its own is tried, whole and sharded, before it trains. False lets code that mixes
+    rows train on wrong numbers; see ``credit_domain.convert.convert_to_domain_parallel``."""
+    compile: values.Flag = False
+    """Compile the model with ``torch.compile``."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(title="one of auto, cpu, cuda")] = "auto"
+    """``cuda``, ``cpu``, or ``auto``."""
+    dtype: Annotated[Literal["float32", "float64"], Field(title="one of float32, float64")] = "float32"
+    """Of parameters and data."""
+    seed: values.Whole = 0
+    """Of the weights and the order of samples."""
+    valid_every: values.Whole = 0
+    """Steps between validations; 0 for one at the end alone."""
+    checkpoint_every: values.Whole = 0
+    """Steps between checkpoints; 0 for one at the end alone."""
+    keep: values.Count = 3
+    """Checkpoints to keep."""
+    log_every: values.Count = 1
+    """Steps between lines of the log."""
+    tensorboard: values.Flag = False
+    """Whether to write for TensorBoard too."""
+    timeout: values.Seconds = 600.0
+    """Seconds that ranks wait for each other once training runs; a rank that is dead or stopped ends the run within
+    them."""
+    startup_timeout: values.Seconds = 1800.0
+    """The same until the first step is done, while kernels compile and files are read for the first time; never less
+    than ``timeout``."""
 
-    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 4
-    accumulate: int = 1
-    rollout: int = 1
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: int = 0
-    final_lr: float = 0.0
-    clip: float | None = 1.0
-    latitude_weights: str | None = "cos"
-    amp: bool = False
-    activation_checkpoint: bool = False
-    fsdp2_blocks: tuple[str, ...] = ()
-    find_unused_parameters: bool = False
-    trial: bool = True
-    compile: bool = False
-    device: str = "auto"
-    dtype: str = "float32"
-    seed: int = 0
-    valid_every: int = 0
-    checkpoint_every: int = 0
-    keep: int = 3
-    log_every: int = 1
-    tensorboard: bool = False
-    timeout: float = 600.0
-    startup_timeout: float = 1800.0
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainerConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"trainer: say either steps or epochs; got steps={self.steps!r} and epochs={self.epochs!r}"
+            )
+        if self.amp and self.dtype == "float64":
+            raise ValueError("trainer.amp computes in bfloat16, which is of no use with trainer.dtype: float64")
+        return self
 
     @property
     def first_timeout(self) -> float:
@@ -140,46 +197,54 @@ class TrainerConfig:
         return max(self.timeout, self.startup_timeout)
 
 
-@dataclass(frozen=True)
+_DataField = Annotated[DataConfig, BeforeValidator(values.mapping)]
+_ModelField = Annotated[ModelConfig, BeforeValidator(_model_block)]
+_TrainerField = Annotated[
+    TrainerConfig, BeforeValidator(values.mapping), Field(title="a block of keys and values, with steps or epochs")
+]
+
+
+@in_our_words("")
+@dataclass(frozen=True, config=CONFIG)
 class RunConfig:
     """A whole configuration.
 
-    Attributes:
-        data: The ``data`` block.
-        model: The ``model`` block.
-        trainer: The ``trainer`` block.
-        folder: Where checkpoints, metrics and statistics go.
+    Raises:
+        ConfigError: As for the blocks, where an argument will not do. It names all of them by their keys.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    folder: str = "run"
+    data: _DataField = field(default_factory=DataConfig)
+    """The ``data`` block."""
+    model: _ModelField = field(default_factory=ModelConfig)
+    """The ``model`` block."""
+    trainer: _TrainerField = Field(kw_only=True)
+    """The ``trainer`` block."""
+    folder: values.Text = Field("run", kw_only=True)
+    """Where checkpoints, metrics and statistics go."""
 
     @classmethod
-    def from_dict(cls, conf: Any) -> RunConfig:
+    def from_dict(cls, conf: Any, *, tell: bool = True) -> RunConfig:
         """Check a configuration, as YAML has it.
 
+        Args:
+            conf: The configuration.
+            tell: Whether the log names the keys that are called otherwise now.
+
         Raises:
-            ValueError: For a key that is unknown or a value that will not do; it names the key by its path.
+            ConfigError: For keys that are unknown and values that will not do; it names all of them by their path.
         """
-        top = _Block("", conf)
-        run = cls(
-            _data(top.block("data")),
-            _model(top.block("model")),
-            _trainer(top.block("trainer")),
-            top.text("folder", "run"),
-        )
-        top.done()
-        return run
+        conf = present_keys(conf, tell=tell)
+        with one_line_each(cls, "", conf):
+            return TypeAdapter(cls).validate_python(values.mapping(conf))
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> RunConfig:
+    def from_file(cls, path: str | os.PathLike[str], changes: Sequence[str] = (), *, tell: bool = True) -> RunConfig:
         """Read a YAML file.
 
         Args:
             path: The file.
             changes: Values in place of the file's, such as ``trainer.steps=10``; what follows ``=`` is YAML.
+            tell: As for :meth:`from_dict`.
 
         Raises:
             ValueError: If there is no such file, it is no YAML, or as :meth:`from_dict`.
@@ -194,27 +259,50 @@ class RunConfig:
         for change in changes:
             _change(conf, change)
         try:
-            return cls.from_dict(conf)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            return cls.from_dict(conf, tell=tell)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {mistake}" for mistake in error.mistakes) from None
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of the file, for editors."""
+        schema = TypeAdapter(cls).json_schema()
+        model, trainer = (schema["$defs"][name] for name in ("ModelConfig", "TrainerConfig"))
+        del model["properties"]["options"]
+        model["additionalProperties"] = True  # options stand beside the name
+        for old, new in FORMER.items():
+            words = {"description": f"The former name of {new}.", "deprecated": True}
+            trainer["properties"][old] = {**trainer["properties"][new], **words}
+        lengths = [{"required": [key], "properties": {key: {"type": "integer"}}} for key in ("steps", "epochs")]
+        trainer["oneOf"] = lengths
+        for block, key in ((schema, "data"), (schema, "model"), (trainer, "parallelism")):  # may be empty
+            block["properties"][key] = {"anyOf": [block["properties"][key], {"type": "null"}]}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as YAML would have it, every key present; :meth:`from_dict` takes it."""
-        return cast(
-            "dict[str, Any]",
-            _plain(
-                {
-                    "folder": self.folder,
-                    "data": asdict(self.data),
-                    "model": {"name": self.model.name, **self.model.options},
-                    "trainer": {**asdict(self.trainer), "parallelism": self.trainer.parallelism.to_dict()},
-                }
-            ),
-        )
+        whole = {"folder": self.folder, **asdict(self)}
+        return cast("dict[str, Any]", _plain({**whole, "model": {"name": self.model.name, **self.model.options}}))
 
     def to_yaml(self) -> str:
         """The same as text."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def present_keys(conf: Any, *, tell: bool = False) -> Any:
+    """A configuration with keys of former versions under their present names.
+
+    Args:
+        conf: What YAML or a checkpoint has. Where it has a key under both names, it keeps both.
+        tell: Whether the log names them.
+    """
+    trainer = conf.get("trainer") if isinstance(conf, Mapping) else None
+    if not isinstance(trainer, Mapping):
+        return conf
+    names = {old: new for old, new in FORMER.items() if old in trainer and new not in trainer}
+    for old, new in names.items() if tell else ():
+        logger.warning("trainer.%s is now called trainer.%s; the former name is still read", old, new)
+    return {**conf, "trainer": {names.get(key, key): value for key, value in trainer.items()}}
 
 
 def _change(conf: Any, change: str) -> None:
@@ -234,6 +322,10 @@ def _change(conf: Any, change: str) -> None:
         if inner is None:
             inner = conf[block] = {}
         conf = inner
+    if blocks == ["trainer"]:  # in place of what the file has, under either name
+        for pair in FORMER.items():
+            for name in pair if key in pair else ():
+                conf.pop(name, None)
     conf[key] = value
 
 
@@ -241,200 +333,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _data(block: _Block) -> DataConfig:
-    lead = block.take("lead", 1)
-    if isinstance(lead, bool) or not isinstance(lead, (int, str)) or (isinstance(lead, int) and lead < 1):
-        raise block.problem("lead", lead, "a number of steps of the file, 1 or more, or text such as 6h")
-    default = DataConfig()
-    data = DataConfig(
-        source=block.text("source", default.source),
-        variables=block.list_of("variables", str),
-        levels=tuple(map(float, block.list_of("levels", (int, float)))),
-        lead=lead,
-        history=block.integer("history", 1, least=1),
-        forcings=block.list_of("forcings", str),
-        train=_times(block, "train", default.train) or (None, None),
-        valid=_times(block, "valid", default.valid),
-        workers=block.integer("workers", 0, least=0),
-        options=block.mapping("options"),
-    )
-    block.done()
-    return data
-
-
-def _times(block: _Block, key: str, default: Any) -> tuple[Any, Any] | None:
-    value = block.take(key, default)
-    if value is None:
-        return None
-    ends = list(value) if isinstance(value, (list, tuple)) else []
-    # YAML reads 2019-03-24 as a date.
-    ends = [end.isoformat() if hasattr(end, "isoformat") else end for end in ends]
-    numbers = all(end is None or (_is_number(end) and 0 <= end <= 1) for end in ends)
-    if len(ends) != 2 or not (numbers or all(end is None or isinstance(end, str) for end in ends)):
-        raise block.problem(key, value, "two times such as ['2019-03-01', '2019-03-24'], or two fractions of all times")
-    return ends[0], ends[1]
-
-
-def _model(block: _Block) -> ModelConfig:
-    name = block.text("name", "unet")
-    return ModelConfig(name, block.rest())
-
-
-def _trainer(block: _Block) -> TrainerConfig:
-    given = block.take("parallelism", {})
-    try:
-        parallelism = ParallelismConfig.from_block(given)
-    except ValueError as error:
-        raise ValueError(f"trainer: {error}") from None
-    default = TrainerConfig()
-    steps, epochs = (block.take(key, None) for key in ("steps", "epochs"))
-    for key, value in (("steps", steps), ("epochs", epochs)):
-        if value is not None and (not _is_integer(value) or value < 1):
-            raise block.problem(key, value, "a whole number, 1 or more")
-    if (steps is None) == (epochs is None):
-        raise ValueError(f"trainer: say either steps or epochs; got steps={steps!r} and epochs={epochs!r}")
-    betas = block.list_of("betas", (int, float), default.betas)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise block.problem("betas", betas, "two numbers from 0 to below 1")
-    clip = block.take("clip", default.clip)
-    if clip is not None and not (_is_number(clip) and clip > 0):
-        raise block.problem("clip", clip, "a positive number, or null")
-    trainer = TrainerConfig(
-        parallelism=parallelism,
-        steps=steps,
-        epochs=epochs,
-        batch_size=block.integer("batch_size", default.batch_size, least=1),
-        accumulate=block.integer("accumulate", 1, least=1),
-        rollout=block.integer("rollout", 1, least=1),
-        lr=block.number("lr", default.lr, above=0),
-        weight_decay=block.number("weight_decay", default.weight_decay, least=0),
-        betas=(betas[0], betas[1]),
-        warmup=block.integer("warmup", 0, least=0),
-        final_lr=block.number("final_lr", 0.0, least=0),
-        clip=None if clip is None else float(clip),
-        latitude_weights=block.choice("latitude_weights", default.latitude_weights, ("cos", "cell", None)),
-        amp=block.flag("amp"),
-        activation_checkpoint=block.flag("activation_checkpoint"),
-        fsdp2_blocks=block.list_of("fsdp2_blocks", str),
-        find_unused_parameters=block.flag("find_unused_parameters"),
-        trial=block.flag("trial", default.trial),
-        compile=block.flag("compile"),
-        device=block.choice("device", "auto", ("auto", "cpu", "cuda")) or "auto",
-        dtype=block.choice("dtype", "float32", ("float32", "float64")) or "float32",
-        seed=block.integer("seed", 0, least=0),
-        valid_every=block.integer("valid_every", 0, least=0),
-        checkpoint_every=block.integer("checkpoint_every", 0, least=0),
-        keep=block.integer("keep", default.keep, least=1),
-        log_every=block.integer("log_every", 1, least=1),
-        tensorboard=block.flag("tensorboard"),
-        timeout=_timeout(block, "timeout", default.timeout),
-        startup_timeout=_timeout(block, "startup_timeout", default.startup_timeout),
-    )
-    block.done()
-    if trainer.amp and trainer.dtype == "float64":
-        raise ValueError("trainer.amp computes in bfloat16, which is of no use with trainer.dtype: float64")
-    return trainer
-
-
-def _timeout(block: _Block, key: str, default: float) -> float:
-    value = block.take(key, default)
-    # Longer than what a timer of torch holds would be taken for no time at all.
-    if not _is_number(value) or not 0 < value <= LONGEST:
-        raise block.problem(key, value, f"a number of seconds above 0, {LONGEST:.0e} at most")
-    return float(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class _Block:
-    """One block of a configuration, whose keys are taken one by one."""
-
-    def __init__(self, path: str, value: Any) -> None:
-        self.path = path
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise ValueError(f"{path or 'the configuration'} must be a block of keys and values; got {value!r}")
-        self.left = dict(value)
-        self.known: list[str] = []
-
-    def problem(self, key: str, value: Any, expected: str) -> ValueError:
-        return ValueError(f"{self.at(key)} must be {expected}; got {value!r}{_hint(value)}")
-
-    def at(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def take(self, key: str, default: Any) -> Any:
-        self.known.append(key)
-        return self.left.pop(key, default)
-
-    def block(self, key: str) -> _Block:
-        value = self.take(key, {})
-        return _Block(self.at(key), {} if value is None else value)
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        return self.block(key).rest()
-
-    def rest(self) -> dict[str, Any]:
-        left, self.left = self.left, {}
-        return left
-
-    def text(self, key: str, default: str) -> str:
-        value = self.take(key, default)
-        if not isinstance(value, str) or not value:
-            raise self.problem(key, value, "text")
-        return value
-
-    def integer(self, key: str, default: int, *, least: int) -> int:
-        value = self.take(key, default)
-        if not _is_integer(value) or value < least:
-            raise self.problem(key, value, f"a whole number, {least} or more")
-        return int(value)
-
-    def number(self, key: str, default: float, *, least: float | None = None, above: float | None = None) -> float:
-        value = self.take(key, default)
-        bound = f"a number, {least} or more" if least is not None else f"a number above {above}"
-        fits = _is_number(value) and (least is None or value >= least) and (above is None or value > above)
-        if not fits:
-            raise self.problem(key, value, bound)
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            raise self.problem(key, value, "true or false")
-        return value
-
-    def choice(self, key: str, default: str | None, accepted: Sequence[str | None]) -> str | None:
-        value = self.take(key, default)
-        if value not in accepted:
-            raise self.problem(key, value, "one of " + ", ".join("null" if one is None else one for one in accepted))
-        return cast("str | None", value)
-
-    def list_of(self, key: str, kind: Any, default: Sequence[Any] = ()) -> tuple[Any, ...]:
-        value = self.take(key, default)
-        values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(item, kind) and not isinstance(item, bool) for item in values):
-            raise self.problem(key, value, "a list of " + ("names" if kind is str else "numbers"))
-        return tuple(values)
-
-    def done(self) -> None:
-        """Refuse what no key was asked for."""
-        for key, value in self.left.items():
-            near = difflib.get_close_matches(key, self.known, 1)
-            meant = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(self.known)}"
-            raise ValueError(f"unknown key {self.at(key)}: {value!r}{meant}")
-
-
-def _hint(value: Any) -> str:
-    """YAML 1.1 takes 1e-3 for text."""
-    try:
-        return f" (YAML reads {value} as text; write {float(value)!r})" if isinstance(value, str) else ""
-    except ValueError:
-        return ""

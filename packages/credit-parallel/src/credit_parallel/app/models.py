@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -125,9 +125,6 @@ def factory(name: str) -> Callable[..., nn.Module]:
 def module_class(name: str) -> type[nn.Module]:
     """The class of the models of a name, and never a function; the working directory is not searched.
 
-    Args:
-        name: As for :func:`factory`.
-
     Raises:
         ValueError: As :func:`factory`, and for anything but a subclass of ``torch.nn.Module``. Nothing was called then.
     """
@@ -141,20 +138,17 @@ def module_class(name: str) -> type[nn.Module]:
 
 
 def _found(name: str, *, here: bool) -> Any:
-    present = _present(EXAMPLES.get(name, name))
-    if present not in (name, EXAMPLES.get(name)):
-        logger.warning("the model %s is %s today: it is read all the same", name, present)
-    module_name, colon, attribute = present.partition(":")
+    given = EXAMPLES.get(name, name)
+    if _present(given) != given:
+        logger.warning("the model %s is %s today: it is read all the same", name, _present(given))
+    module_name, colon, attribute = _present(given).partition(":")
     if not (colon and module_name and attribute):
-        near = difflib.get_close_matches(name, EXAMPLES, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"model must be one of {', '.join(EXAMPLES)}, or package.module:factory; got {name!r}{meant}")
+        listed = f"{', '.join(EXAMPLES)}, or package.module:factory"
+        raise ValueError(f"model must be one of {listed}; got {name!r}{_meant(name, EXAMPLES)}")
     found: Any = _module(module_name, here)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model {name}: {module_name} has no {attribute!r}{meant}")
+            raise ValueError(f"model {name}: {module_name} has no {attribute!r}{_meant(part, dir(found))}")
         found = getattr(found, part)
     return found
 
@@ -193,14 +187,17 @@ def _check_options(config: ModelConfig, known: Mapping[str, inspect.Parameter], 
         if option in given and option != "periodic":
             raise ValueError(f"model {config.name}: {option} follows from the data ({given[option]}); got {value!r}")
         if option not in names and not anything:
-            near = difflib.get_close_matches(option, free, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            listed = ", ".join(free) or "none"
-            raise ValueError(f"model {config.name} has no option {option!r} (its options: {listed}){meant}")
+            said = f"model {config.name} has no option {option!r} (its options: {', '.join(free) or 'none'})"
+            raise ValueError(f"{said}{_meant(option, free)}")
     empty = inspect.Parameter.empty
     missing = [n for n in names if known[n].default is empty and n not in given and n not in config.options]
     if missing:
         raise ValueError(f"model {config.name} needs the option {' and '.join(missing)}")
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _told(error: BaseException) -> str:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from credit_halo import naming_missing_ranks
-from credit_mesh import RankLayout
-from credit_parallel.checkpoint import folders
-from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, resolve, together, torch_errors
-from credit_parallel.checkpoint.reading import CheckpointError, Index
-from credit_parallel.checkpoint.rng import read_rng_state, reseed, set_rng_state
-from credit_parallel.checkpoint.state import (
+from credit_parallel.checkpoint import step_folders
+from credit_parallel.checkpoint.former_format import FORMER, FormerFiles
+from credit_parallel.checkpoint.json_values import names_in, unpack
+from credit_parallel.checkpoint.named_state import (
     MODEL,
     RNG,
     casts,
@@ -34,35 +29,25 @@ from credit_parallel.checkpoint.state import (
     rehearse_optimizer,
     settings_of,
 )
-from credit_parallel.checkpoint.storage import Mapped, RawReader, Stock
-from credit_parallel.checkpoint.values import names_in, unpack
+from credit_parallel.checkpoint.random_states import read_rng_state, reseed, set_rng_state
+from credit_parallel.checkpoint.saved_tensors import Stock, read_into
+from credit_parallel.checkpoint.strict_reader import INDEX, CheckpointError, read_index, read_manifest
+from credit_parallel.checkpoint.tensor_files import TensorFiles
+from credit_parallel.checkpoint.together import Context, rank_and_size, resolve, together
 from credit_parallel.state_dicts import from_first
-
-if TYPE_CHECKING:
-    from credit_parallel.context import ParallelContext
-
 
 logger = logging.getLogger(__name__)
 
 
 class LoadedState(NamedTuple):
-    """What :func:`load_checkpoint` found.
+    """What :func:`load_checkpoint` found."""
 
-    Attributes:
-        step: How many steps were taken.
-        extra: What was saved as ``extra``; tensors in CPU memory.
-        folder: The checkpoint.
-        same_layout: Whether it was saved on this layout, so that random generators go on where they were.
-        missing: Names of the model that it does not have; only without ``strict``.
-        unexpected: Its names that the model does not have; only without ``strict``.
-    """
-
-    step: int
-    extra: Any
-    folder: Path
-    same_layout: bool
-    missing: list[str]
-    unexpected: list[str]
+    step: int  #: how many steps were taken
+    extra: Any  #: what was saved as ``extra``; tensors in CPU memory
+    folder: Path  #: the checkpoint
+    same_layout: bool  #: whether it was saved on this layout, so that random generators go on where they were
+    missing: list[str]  #: names of the model that it does not have; only without ``strict``
+    unexpected: list[str]  #: its names that the model does not have; only without ``strict``
 
 
 class Opened(NamedTuple):
@@ -71,7 +56,7 @@ class Opened(NamedTuple):
     folder: Path
     stock: Stock
     values: dict[str, Any]
-    files: Mapped
+    files: TensorFiles | FormerFiles
 
     def small(self, name: str) -> Tensor:
         """A tensor that one rank has written whole, in memory of its own."""
@@ -85,7 +70,7 @@ class Opened(NamedTuple):
 @naming_missing_ranks("loading a checkpoint")
 def load_checkpoint(
     folder: str | os.PathLike[str],
-    target: ParallelContext | nn.Module,
+    target: Context | nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     scheduler: Any = None,
@@ -103,11 +88,8 @@ def load_checkpoint(
 
     Args:
         folder: The folder of one checkpoint, or that of many, of which the latest complete one is taken.
-        target: The context, or the model, wrapped or not.
         optimizer: Of the model's parameters, in the same groups as the saved one; a new one will do. None loads none.
         scheduler: Gets its state by ``load_state_dict``, as the next two; None loads none.
-        scaler: The gradient scaler.
-        sampler: The sampler.
         strict: Whether names that only the checkpoint or only the model has are errors, and states that are asked for
             and were not saved. Without it they are left as they are.
         verify: Compare checksums of all files first, which reads them once; each rank takes some of the files.
@@ -122,46 +104,41 @@ def load_checkpoint(
             tensors where the model has real ones; it says what differs, and nothing is changed.
         CheckpointError: On all ranks alike, if it is damaged or not complete; it says which file is.
 
-    Collectives:
-        Those of ``torch.distributed.checkpoint.load`` and some small ones.
+    Collectives: small ones, by which ranks agree.
     """
-    what = "load_checkpoint"
+    what, (rank, size) = "load_checkpoint", rank_and_size()
     if settings not in ("checkpoint", "optimizer"):
         raise ValueError(f"settings must be 'checkpoint' or 'optimizer'; got {settings!r}")
     opened = open_checkpoint(folder, verify)
     stock, values = opened.stock, opened.values
     given = {"scheduler": scheduler, "scaler": scaler, "sampler": sampler}
     targets: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
-    model, layout, same_layout, extra = nn.Module(), RankLayout(), False, None
-    missing: list[str] = []
-    unexpected: list[str] = []
-    saved: dict[str, torch.dtype] = {}
-    generators: dict[str, Any] = {}
     with together(what):
         model, layout = resolve(target)
         own, others = model_entries(model)
-        problem, missing, unexpected = _model_problem(own, others, opened, strict)
         saved = {name.removeprefix(MODEL): stored.dtype for name, stored in stock.items() if name.startswith(MODEL)}
-        problem = problem or dtype_problem(own, saved)
-        if problem:
+        problem, missing, unexpected = model_problem(own, list(others), _saved_shapes(opened), strict)
+        if problem := problem or dtype_problem(own, saved):
             raise ValueError(f"{opened.folder} is of another model: {problem}")
-        if strict:
-            _refuse_unsaved({**given, "optimizer": optimizer}, opened)
+        unsaved = [key for key, x in {**given, "optimizer": optimizer}.items() if x is not None and values[key] is None]
+        if strict and unsaved:
+            raise ValueError(
+                f"{opened.folder} was saved without {', '.join(unsaved)}: leave that out, or pass strict=False"
+            )
         if optimizer is not None and values["optimizer"] is not None:
             if problem := optimizer_problem(model, optimizer, values["optimizer"], stock):
                 raise ValueError(f"{opened.folder} is of another optimizer: {problem}")
             rehearse_optimizer(model, optimizer, values["optimizer"], stock, str(opened.folder))
             targets.update(optimizer_targets(model, optimizer, values["optimizer"], stock))
         targets.update({MODEL + name: value for name, value in own.items() if MODEL + name in stock})
-        rank, size = rank_and_size()
         same_layout = values["layout"] == [layout.dp, layout.tp, layout.domain] and values["ranks"] == size
         if same_layout:
             generators = read_rng_state(opened.small(f"{RNG}{rank}"), str(opened.folder))
         for key, thing in given.items():
             if thing is not None and values[key] is not None:
                 _load_state(key, thing, opened)
-    copy_from(what, RawReader(stock, opened.files.fetch), targets)
+    with together(what):
+        read_into(targets, stock, opened.files.fetch)
     with together(what):
         loaded = {name: value for name, value in unpack(values["model"], opened.small).items() if name in others}
         loaded.update({name: targets[MODEL + name] for name in own if MODEL + name in targets})
@@ -173,13 +150,13 @@ def load_checkpoint(
             if settings == "optimizer":
                 for group, kept in zip(optimizer.param_groups, mine, strict=True):
                     group.update(kept)
-            elif changed and rank_and_size()[0] == 0:
+            elif changed and rank == 0:
                 logger.warning(
                     "%s: the optimizer goes on with the settings of the checkpoint (%s): pass settings='optimizer' to "
                     "keep those that it has",
                     *(opened.folder, "; ".join(changed)),
                 )
-        if (told := casts(own, saved)) and rank_and_size()[0] == 0:
+        if (told := casts(own, saved)) and rank == 0:
             logger.warning("%s: values were cast on loading: %s", opened.folder, "; ".join(told))
         if same_layout:
             set_rng_state(generators)
@@ -190,58 +167,38 @@ def load_checkpoint(
 
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool) -> Opened:
-    """Choose the checkpoint, make sure that it is whole, and read its index; on all ranks alike.
-
-    Raises:
-        ValueError: If there is none.
-        CheckpointError: If it is damaged or not complete.
-    """
+    """Choose the checkpoint, make sure that it is whole, and read its index; on all ranks alike."""
     what, chosen = "load_checkpoint", Path(folder).absolute()
     rank, size = rank_and_size()
     with together(what):
         if rank == 0:
-            if not folders.is_step_folder(chosen):
-                found = folders.latest(chosen)
+            if not step_folders.is_step_folder(chosen):
+                found = step_folders.latest(chosen)
                 if found is None:
                     raise ValueError(f"there is no complete checkpoint in {chosen}")
                 chosen = found
-            folders.check(chosen)
+            step_folders.check(chosen)
     chosen = Path(from_first(str(chosen)))
-    index = Index({}, {})
     with together(what):
-        manifest = folders.read_manifest(chosen)
-        index = folders.read_index(chosen, manifest)
+        manifest = read_manifest(chosen)
+        index = read_index(chosen, manifest)
         if verify:
-            folders.check_contents(chosen, sorted(manifest.files)[rank::size], manifest)
-    return Opened(chosen, index.stock, index.values, Mapped(chosen, index.stock))
+            step_folders.check_contents(chosen, sorted(manifest.files)[rank::size], manifest)
+    files = FormerFiles if manifest.form == FORMER else TensorFiles
+    return Opened(chosen, index.stock, index.values, files(chosen, index.stock))
 
 
-def copy_from(what: str, reader: RawReader, targets: dict[str, Tensor]) -> None:
-    """Have torch plan which parts of tensors each rank needs, and read them."""
-    with torch_errors(what):
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        load(targets, storage_reader=reader, planner=planner, no_dist=not is_distributed())
-
-
-def _model_problem(
-    own: Mapping[str, Tensor], others: Mapping[str, Any], opened: Opened, strict: bool
-) -> tuple[str, list[str], list[str]]:
-    saved: dict[str, tuple[int, ...]] = {
-        name.removeprefix(MODEL): stored.shape for name, stored in opened.stock.items() if name.startswith(MODEL)
-    }
+def _saved_shapes(opened: Opened) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of the saved model, and () for its other entries."""
     packed = opened.values["model"]
-    saved = {name: shape for name, shape in saved.items() if MODEL + name not in names_in(packed)}
-    saved.update({name: () for name, _ in packed["dict"]})
-    return model_problem(own, list(others), saved, strict)
+    others = {*names_in(packed)}
+    tensors = {name: stored.shape for name, stored in opened.stock.items() if name not in others}
+    shapes = {name.removeprefix(MODEL): shape for name, shape in tensors.items() if name.startswith(MODEL)}
+    return {**shapes, **{name: () for name, _ in packed["dict"]}}
 
 
 def _load_state(key: str, thing: Any, opened: Opened) -> None:
-    """Load the state of a scheduler or the like.
-
-    Raises:
-        ValueError: As it raises itself.
-        CheckpointError: If it cannot make anything of the state.
-    """
+    """Load the state of a scheduler or the like; a CheckpointError says that it cannot make anything of it."""
     try:
         thing.load_state_dict(unpack(opened.values[key], opened.small))
     except ValueError:
@@ -249,13 +206,5 @@ def _load_state(key: str, thing: Any, opened: Opened) -> None:
     except Exception as error:
         raise CheckpointError(
             f"{opened.folder} is damaged, or of another {key}: {type(thing).__name__} cannot load values.{key} "
-            f"of {folders.INDEX} ({error!r})"
+            f"of {INDEX} ({error!r})"
         ) from error
-
-
-def _refuse_unsaved(given: Mapping[str, Any], opened: Opened) -> None:
-    unsaved = [key for key, thing in given.items() if thing is not None and opened.values[key] is None]
-    if unsaved:
-        raise ValueError(
-            f"{opened.folder} was saved without {', '.join(unsaved)}: leave that out, or pass strict=False"
-        )

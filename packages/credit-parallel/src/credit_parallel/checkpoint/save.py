@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,18 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from credit_halo import naming_missing_ranks
-from credit_mesh import RankLayout
-from credit_parallel.checkpoint import folders
-from credit_parallel.checkpoint.folders import CheckpointError
-from credit_parallel.checkpoint.owner import claim
-from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, resolve, together, torch_errors
-from credit_parallel.checkpoint.rng import rng_state
-from credit_parallel.checkpoint.state import MODEL, RNG, model_entries, optimizer_entries
-from credit_parallel.checkpoint.storage import RawWriter, stock_to_json
-from credit_parallel.checkpoint.values import pack
+from credit_parallel.checkpoint import step_folders
+from credit_parallel.checkpoint.folder_owner import claim
+from credit_parallel.checkpoint.json_values import pack
+from credit_parallel.checkpoint.named_state import MODEL, RNG, model_entries, optimizer_entries
+from credit_parallel.checkpoint.random_states import rng_state
+from credit_parallel.checkpoint.rank_writer import RankWriter
+from credit_parallel.checkpoint.saved_tensors import dtype_of, name_of, stock_to_json
+from credit_parallel.checkpoint.strict_reader import CheckpointError
+from credit_parallel.checkpoint.tensor_files import SUFFIX
+from credit_parallel.checkpoint.together import Context, is_distributed, rank_and_size, resolve, together, torch_errors
 from credit_parallel.contract import gather_numbers
 from credit_parallel.state_dicts import from_first
-
-if TYPE_CHECKING:
-    from credit_parallel.context import ParallelContext
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ _unfinished: dict[int, Save] = {}  # by rank, since ranks may be threads
 @naming_missing_ranks("saving a checkpoint")
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    target: ParallelContext | nn.Module,
+    target: Context | nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     step: int,
@@ -64,38 +62,29 @@ def save_checkpoint(
 
     Args:
         folder: The folder of the checkpoints of this training, on a file system that all ranks share. It is this
-            program's from the first save until the program ends, or calls
-            :func:`credit_parallel.checkpoint.release`.
-        target: The context, or the model, wrapped or not.
+            program's from the first save until the program ends, or calls :func:`credit_parallel.checkpoint.release`.
         optimizer: Of the model's parameters.
         step: How many steps were taken; the name of the checkpoint.
         scheduler: The learning-rate scheduler, or anything else with ``state_dict``; its state is that of the first
             rank, as for the next three.
-        scaler: The gradient scaler.
         sampler: The sampler, or its state dict: where workers of a loader read ahead, ``sampler.state_dict(used)``.
         extra: More small state: numbers, text, tensors, and dicts, lists and tuples of them.
         keep: How many checkpoints to keep, this one included; None keeps all.
         asynchronous: Copy everything to memory, and write it while training goes on. The next save waits for it, and so
-            does the end of the program.
-
-    Returns:
-        The save; :meth:`Save.wait` makes sure that it is on the disk. One that is not asynchronous is.
+            does the end of the program. :meth:`Save.wait` makes sure that it is on the disk.
 
     Raises:
         ValueError: On all ranks alike, if something cannot be saved, ranks differ in what they save, or another program
             saves into the folder.
         CheckpointError: On all ranks alike, if it cannot be written, or the asynchronous save before this one was not.
 
-    Collectives:
-        Those of ``torch.distributed.checkpoint.save`` and some small ones.
+    Collectives: those of ``torch.distributed.checkpoint.save`` and some small ones.
     """
     what = f"save_checkpoint at step {step}"
     rank, size = rank_and_size()
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    layout = RankLayout()
     with together(what):
-        _settle(rank)
+        if rank in _unfinished:
+            _unfinished[rank].join()
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a number of steps; got {step!r}")
         if keep is not None and keep < 1:
@@ -104,6 +93,9 @@ def save_checkpoint(
         tensors, values = _collect(model, optimizer, rank)
         small = {"scheduler": scheduler, "scaler": scaler, "sampler": sampler, "extra": extra}
         _add_small(small, values, tensors, rank)
+        strange = [f"{name} ({name_of(t.dtype)})" for name, t in tensors.items() if dtype_of(name_of(t.dtype)) is None]
+        if strange:
+            raise ValueError(f"a checkpoint holds no tensors of such dtypes: {', '.join(strange[:8])}")
     _agree(what, step, values)
     values.update(
         step=step, seed=torch.initial_seed() % (1 << 63), layout=[layout.dp, layout.tp, layout.domain], ranks=size
@@ -112,12 +104,12 @@ def save_checkpoint(
     with together(what):
         if rank == 0:
             claim(Path(folder).absolute())
-            partial = folders.start(Path(folder).absolute(), step)
+            partial = step_folders.start(Path(folder).absolute(), step)
     partial = Path(from_first(str(partial)))
     with together(what):
         if not partial.is_dir():
             raise CheckpointError(f"{partial}, which the first rank made, is not there: is the file system shared?")
-    writer = RawWriter(partial / f"rank-{rank:05}.bin", snapshot=asynchronous)
+    writer = RankWriter(partial / f"rank-{rank:05}{SUFFIX}", snapshot=asynchronous)
     save = Save(partial, step, keep, writer, values, rank, size)
     try:
         with torch_errors(what):
@@ -136,24 +128,20 @@ def save_checkpoint(
 
 
 class Save:
-    """A save, which may still be going on; made by :func:`save_checkpoint`.
-
-    Attributes:
-        folder: Where the checkpoint is, once it is complete.
-        step: Its step.
-    """
+    """A save, which may still be going on; made by :func:`save_checkpoint`."""
 
     def __init__(
         self,
         partial: Path,
         step: int,
         keep: int | None,
-        writer: RawWriter,
+        writer: RankWriter,
         values: dict[str, Any],
         rank: int,
         size: int,
     ) -> None:
-        self.folder, self.step = folders.final_of(partial), step
+        self.folder = step_folders.final_of(partial)  #: where the checkpoint is, once it is complete
+        self.step = step  #: its step
         self._partial, self._keep, self._writer, self._values = partial, keep, writer, values
         self._rank, self._size = rank, size
         self._error: Exception | None = None
@@ -165,27 +153,16 @@ class Save:
 
     @naming_missing_ranks("saving a checkpoint")
     def wait(self) -> Path:
-        """Wait until the checkpoint is complete; every rank calls it.
+        """Wait until the checkpoint is complete, and return its folder; every rank calls it.
 
-        Returns:
-            Its folder.
-
-        Raises:
-            CheckpointError: On all ranks alike, if it could not be written.
-
-        Collectives:
-            A small all-gather.
+        A CheckpointError on all ranks alike says why it could not be written. Collectives: a small all-gather.
         """
         with together(f"the save of step {self.step}"):
             self.join()
         return self.folder
 
     def join(self) -> None:
-        """Wait for what this rank has to do.
-
-        Raises:
-            CheckpointError: If it failed.
-        """
+        """Wait for what this rank has to do, and raise a CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
         _unfinished.pop(self._rank, None)
@@ -221,11 +198,11 @@ class Save:
             try:
                 files = self._await_notes()
                 index = {"tensors": stock_to_json(self._writer.stock), "values": self._values}
-                folders.commit(self._partial, self.step, index, files)
+                step_folders.commit(self._partial, self.step, index, files)
             except Exception:
                 self.abandon()
                 raise
-            folders.prune(self.folder, self.step, self._keep)
+            step_folders.prune(self.folder, self.step, self._keep)
 
     def abandon(self) -> None:
         """On the first rank, remove what was written."""
@@ -236,7 +213,7 @@ class Save:
         return self._partial / f"rank-{rank:05}.json"
 
     def _note(self, content: Mapping[str, Any]) -> None:
-        folders.write_file(self._note_of(self._rank), json.dumps(content).encode())
+        step_folders.write_file(self._note_of(self._rank), json.dumps(content).encode())
 
     def _await_notes(self) -> dict[str, tuple[int, int]]:
         """Size and checksum of the file of each rank, once all are written; the notes are removed."""
@@ -248,9 +225,9 @@ class Save:
                 note = json.loads(self._note_of(rank).read_bytes())
                 if "problem" in note:
                     raise CheckpointError(note["problem"])
-                files[self._note_of(rank).with_suffix(".bin").name] = note["size"], note["checksum"]
+                files[self._note_of(rank).with_suffix(SUFFIX).name] = note["size"], note["checksum"]
                 missing.remove(rank)
-            written = sum(path.stat().st_size for path in self._partial.glob("*.bin"))
+            written = sum(path.stat().st_size for path in self._partial.glob(f"*{SUFFIX}"))
             if written + len(files) != progress:
                 progress, since = written + len(files), time.monotonic()
             if missing and time.monotonic() - since > PATIENCE:
@@ -261,13 +238,6 @@ class Save:
         for rank in range(self._size):
             self._note_of(rank).unlink()
         return files
-
-
-def _settle(rank: int) -> None:
-    """Wait for the save before."""
-    before = _unfinished.get(rank)
-    if before is not None:
-        before.join()
 
 
 def _collect(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from credit_parallel.dropin.run import main
+from credit_parallel.dropin.program import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

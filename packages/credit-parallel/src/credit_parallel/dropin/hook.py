@@ -7,12 +7,26 @@ import sys
 from collections.abc import Collection
 from importlib import import_module
 from types import FunctionType, ModuleType
+from typing import Any
 
-from credit_parallel.dropin import ddp, loading, scaler
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
 from credit_parallel.dropin.finder import Alias, DropInFinder
+from credit_parallel.dropin.loading import load_state_dict
 from credit_parallel.dropin.names import MODULES, PACKAGES, ROOT, is_replaced
+from credit_parallel.dropin.scaler import unscale
+from credit_parallel.dropin.torch_ddp import init
 
 logger = logging.getLogger(__name__)
+
+_METHODS: tuple[tuple[type, str, Any], ...] = (
+    (GradScaler, "unscale_", unscale),
+    (nn.Module, "load_state_dict", load_state_dict),
+    (DistributedDataParallel, "__init__", init),
+)
+"""Methods of torch, and what stands in their place; ``__wrapped__`` is torch's own."""
 
 _finder = DropInFinder()
 _before: dict[str, ModuleType] = {}
@@ -35,9 +49,8 @@ def install() -> None:
     for name in replaced:
         del sys.modules[name]
     sys.meta_path.insert(0, _finder)
-    scaler.install()
-    loading.install()
-    ddp.install()
+    for owner, name, ours in _METHODS:
+        setattr(owner, name, ours)
     try:
         for name in replaced:
             import_module(name)
@@ -56,9 +69,8 @@ def uninstall() -> None:
     if _finder not in sys.meta_path:
         return
     sys.meta_path.remove(_finder)
-    scaler.uninstall()
-    loading.uninstall()
-    ddp.uninstall()
+    for owner, name, ours in _METHODS:
+        setattr(owner, name, ours.__wrapped__)
     for name in [name for name in sys.modules if is_replaced(name)]:
         del sys.modules[name]
     sys.modules.update(_before)

@@ -8,23 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from credit_domain.saved_names import with_plain_names
+from credit_domain.extend import with_plain_names
 
 _original: Callable[..., Any] = nn.Module.load_state_dict
 
 
 @functools.wraps(_original)
-def _load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """``torch.nn.Module.load_state_dict``, with the names of the reference's converted models too."""
     # What is no mapping is torch's to refuse.
     named = with_plain_names(self, state_dict) if isinstance(state_dict, Mapping) else state_dict
     return _original(self, named, *args, **kwargs)
-
-
-def install() -> None:
-    """Let ``torch.nn.Module.load_state_dict`` take the names of the reference's converted models, in this process."""
-    nn.Module.load_state_dict = _load_state_dict  # type: ignore[method-assign]
-
-
-def uninstall() -> None:
-    """Undo :func:`install`."""
-    nn.Module.load_state_dict = _original  # type: ignore[method-assign]

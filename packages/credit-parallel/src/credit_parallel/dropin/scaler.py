@@ -21,7 +21,8 @@ _original: Callable[..., None] = GradScaler.unscale_
 
 
 @functools.wraps(_original)
-def _unscale(self: GradScaler, optimizer: torch.optim.Optimizer) -> Any:
+def unscale(self: GradScaler, optimizer: torch.optim.Optimizer) -> Any:
+    """``GradScaler.unscale_``, of DTensors beside plain tensors."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     meshes = {p.grad.device_mesh for p in parameters if isinstance(p.grad, DTensor)}
     if len(meshes) != 1 or all(isinstance(p.grad, DTensor) for p in parameters):
@@ -44,13 +45,3 @@ def _replicated(parameter: Tensor, mesh: DeviceMesh) -> Tensor:
     stand_in = DTensor.from_local(parameter.detach(), mesh, whole, run_check=False)
     stand_in.grad = DTensor.from_local(grad, mesh, whole, run_check=False)
     return stand_in
-
-
-def install() -> None:
-    """Let ``GradScaler.unscale_`` take DTensors beside plain tensors, in this process."""
-    GradScaler.unscale_ = _unscale  # type: ignore[method-assign]
-
-
-def uninstall() -> None:
-    """Undo :func:`install`."""
-    GradScaler.unscale_ = _original  # type: ignore[method-assign]

@@ -16,22 +16,15 @@ Paths = tuple[str, ...]
 
 
 @dataclass
-class LayerPlan:
-    """A layer to divide.
+class DividedLayer:
+    """A layer to divide."""
 
-    Attributes:
-        path: Where it is in its block.
-        layer: The layer.
-        role: ``column`` or ``row``.
-        parts: Sizes of the parts that its divided channels consist of; empty where they are not known.
-        declared: Whether the block declares the parts.
-    """
-
-    path: str
-    layer: nn.Module
-    role: str
+    path: str  #: where it is in its block
+    layer: nn.Module  #: the layer
+    role: str  #: ``column`` or ``row``
+    #: Sizes of the parts that its divided channels consist of; empty where they are not known.
     parts: tuple[int, ...] = ()
-    declared: bool = False
+    declared: bool = False  #: whether the block declares the parts
 
     @property
     def channels(self) -> int:
@@ -56,30 +49,26 @@ class View(NamedTuple):
 
 
 @dataclass
-class BlockPlan:
-    """What is to be done with one block.
+class Declaration:
+    """What one block declares."""
 
-    Attributes:
-        name: Its qualified name.
-        block: The block.
-        layers: The layers to divide, by path.
-        pairs: Column and row layers that belong together.
-        counts: Modules, their integer attributes and what those become.
-        views: Other parameters that go by channel, or are shared by channels.
-        problems: Why the block cannot be made tensor-parallel.
-    """
-
-    name: str
-    block: nn.Module
-    layers: dict[str, LayerPlan] = field(default_factory=dict)
-    pairs: list[tuple[list[LayerPlan], list[LayerPlan]]] = field(default_factory=list)
+    name: str  #: its qualified name
+    block: nn.Module  #: the block
+    layers: dict[str, DividedLayer] = field(default_factory=dict)  #: the layers to divide, by path
+    #: Column and row layers that belong together.
+    pairs: list[tuple[list[DividedLayer], list[DividedLayer]]] = field(default_factory=list)
+    #: Modules, their integer attributes and what those become.
     counts: list[tuple[nn.Module, str, int]] = field(default_factory=list)
-    views: list[View] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)  #: other parameters that go by channel, or are shared by channels
+    problems: list[str] = field(default_factory=list)  #: why the block cannot be made tensor-parallel
 
     def at(self, path: str = "") -> str:
         """What errors call a module or attribute of the block."""
         return ".".join(part for part in (self.name, path) if part) or type(self.block).__name__
+
+    def refuse(self, path: str, problem: str) -> None:
+        """Note why the block cannot be made tensor-parallel, of the module or attribute at a path."""
+        self.problems.append(f"{self.at(path)}{problem}")
 
     def __str__(self) -> str:
         layers = [f"{each.path} {each.role} {type(each.layer).__name__} {each.parts}" for each in self.layers.values()]
@@ -99,84 +88,72 @@ def makes_its_weight(block: nn.Module) -> bool:
         try:
             layer = block.get_submodule(path)
         except AttributeError:
-            continue  # which is said where the plan is read
+            continue  # which is said where the block is read
         if hasattr(layer, "weight_orig") or is_parametrized(layer, "weight"):
             return True
     return False
 
 
-def read_block(name: str, block: nn.Module, size: int, native: bool) -> BlockPlan:
-    """Read the declarations of a block.
-
-    Args:
-        name: Its qualified name.
-        block: The block.
-        size: The tensor-parallel degree.
-        native: Whether its layers are those of a ``_tp_plan``.
-    """
-    plan = BlockPlan(name, block)
-    for groups in _native_groups(plan) if native else _groups(plan):
+def read_block(name: str, block: nn.Module, size: int, native: bool) -> Declaration:
+    """Read what a block declares for a tensor-parallel degree; native if by a ``_tp_plan``."""
+    declaration = Declaration(name, block)
+    for groups in _native_groups(declaration) if native else _groups(declaration):
         layers = [
-            [_read_layer(plan, path, role, native) for path in paths]
+            [_read_layer(declaration, path, role, native) for path in paths]
             for role, paths in zip(("column", "row"), groups, strict=True)
         ]
         columns, rows = ([layer for layer in each if layer is not None] for each in layers)
-        plan.pairs.append((columns, rows))
-    _read_parts(plan, size)
-    _read_counts(plan, size)
-    _read_views(plan, size)
-    return plan
+        declaration.pairs.append((columns, rows))
+    _read_parts(declaration, size)
+    _read_counts(declaration, size)
+    _read_views(declaration, size)
+    return declaration
 
 
 # Which layers
 
 
-def _groups(plan: BlockPlan) -> list[tuple[Paths, Paths]]:
+def _groups(declaration: Declaration) -> list[tuple[Paths, Paths]]:
     """Columns and rows that belong together."""
-    columns, rows = (_entries(plan, name) for name in ("_tp_col", "_tp_row"))
+    columns, rows = (_entries(declaration, name) for name in ("_tp_col", "_tp_row"))
     if not columns or not rows:
-        plan.problems.append(f"{plan.at()}: both _tp_col and _tp_row must be a path, or a tuple of (tuples of) paths")
+        declaration.refuse("", ": both _tp_col and _tp_row must be a path, or a tuple of (tuples of) paths")
         return []
     if len(columns) == len(rows):
         return list(zip(columns, rows, strict=True))
     return [(sum(columns, ()), sum(rows, ()))]
 
 
-def _entries(plan: BlockPlan, name: str) -> list[Paths]:
-    entries = [texts(entry) for entry in texts(declared(plan.block, name, ()))]
+def _entries(declaration: Declaration, name: str) -> list[Paths]:
+    entries = [texts(entry) for entry in texts(declared(declaration.block, name, ()))]
     return entries if all(isinstance(path, str) for entry in entries for path in entry) else []
 
 
-def _native_groups(plan: BlockPlan) -> list[tuple[Paths, Paths]]:
-    styles: Mapping[str, str] = declared(plan.block, "_tp_plan")
+def _native_groups(declaration: Declaration) -> list[tuple[Paths, Paths]]:
+    styles: Mapping[str, str] = declared(declaration.block, "_tp_plan")
     groups = tuple(
         tuple(path for path, style in styles.items() if style == wanted) for wanted in ("colwise", "rowwise")
     )
     if not all(groups) or len(groups[0]) + len(groups[1]) != len(styles):
         expected = "each layer 'colwise' or 'rowwise', and at least one of each"
-        plan.problems.append(f"{plan.at()}: _tp_plan must call {expected}; got {dict(styles)}")
+        declaration.refuse("", f": _tp_plan must call {expected}; got {dict(styles)}")
     return [(groups[0], groups[1])]
 
 
-def _read_layer(plan: BlockPlan, path: str, role: str, native: bool) -> LayerPlan | None:
-    layer = _module(plan, path, f"the {role}-parallel layer")
+def _read_layer(declaration: Declaration, path: str, role: str, native: bool) -> DividedLayer | None:
+    layer = _module(declaration, path, f"the {role}-parallel layer")
     if layer is None:
         return None
-    problem = "is named twice" if path in plan.layers else unfit(layer, native)
+    problem = "is named twice" if path in declaration.layers else unfit(layer, native)
     if problem:
-        plan.problems.append(f"{plan.at(path)} ({type(layer).__name__}) {problem}")
+        declaration.refuse(path, f" ({type(layer).__name__}) {problem}")
         return None
-    plan.layers[path] = LayerPlan(path, layer, role)
-    return plan.layers[path]
+    declaration.layers[path] = DividedLayer(path, layer, role)
+    return declaration.layers[path]
 
 
 def unfit(layer: nn.Module, native: bool) -> str | None:
-    """Why a layer cannot be divided, if it cannot.
-
-    Args:
-        layer: The layer.
-        native: Whether it is one of a ``_tp_plan``.
-    """
+    """Why a layer cannot be divided, if it cannot; native if it is one of a ``_tp_plan``."""
     if is_parametrized(layer):
         modules = [module for name, module in layer.named_modules() if name.startswith("parametrizations.")]
         kinds = [type(module).__name__.strip("_") for module in modules if not isinstance(module, nn.ModuleList)]
@@ -205,61 +182,57 @@ def unfit(layer: nn.Module, native: bool) -> str | None:
 # What else
 
 
-def _read_parts(plan: BlockPlan, size: int) -> None:
-    given: Mapping[str, Any] = declared(plan.block, "_tp_parts", {})
-    for path in [path for path in given if path not in plan.layers]:
-        plan.problems.append(f"{plan.at()}: _tp_parts names {path!r}, which is none of its divided layers")
-    for path, layer in plan.layers.items():
+def _read_parts(declaration: Declaration, size: int) -> None:
+    given: Mapping[str, Any] = declared(declaration.block, "_tp_parts", {})
+    for path in [path for path in given if path not in declaration.layers]:
+        declaration.refuse("", f": _tp_parts names {path!r}, which is none of its divided layers")
+    for path, layer in declaration.layers.items():
         total, parts = layer.channels, given.get(path, 1)
         layer.declared = path in given
         if isinstance(parts, int):
             parts = (total // parts,) * parts if parts > 0 else ()
         if sum(parts) != total or min(parts) <= 0:
-            wanted = given[path]
-            plan.problems.append(f"{plan.at(path)}: {layer.argument}={total} does not consist of _tp_parts={wanted}")
+            declaration.refuse(path, f": {layer.argument}={total} does not consist of _tp_parts={given[path]}")
             continue
         layer.parts = tuple(parts)
         each = f", in parts of {', '.join(map(str, parts))}," if len(parts) > 1 else ""
         if any(part % size for part in parts):
-            plan.problems.append(
-                f"{plan.at(path)}: {layer.argument}={total}{each} is not divisible by the tensor-parallel degree {size}"
-            )
+            problem = f": {layer.argument}={total}{each} is not divisible by the tensor-parallel degree {size}"
+            declaration.refuse(path, problem)
 
 
-def _read_counts(plan: BlockPlan, size: int) -> None:
-    for path in texts(declared(plan.block, "_tp_heads", ())):
-        owner, attribute = _owner(plan, path, "_tp_heads")
+def _read_counts(declaration: Declaration, size: int) -> None:
+    for path in texts(declared(declaration.block, "_tp_heads", ())):
+        owner, attribute = _owner(declaration, path, "_tp_heads")
         if owner is None:
             continue
         value = getattr(owner, attribute, None)
         if isinstance(value, bool) or not isinstance(value, int):
-            plan.problems.append(f"{plan.at(path)}: _tp_heads must name integers; got {value!r}")
+            declaration.refuse(path, f": _tp_heads must name integers; got {value!r}")
         elif value % size:
-            plan.problems.append(f"{plan.at(path)}={value} is not divisible by the tensor-parallel degree {size}")
+            declaration.refuse(path, f"={value} is not divisible by the tensor-parallel degree {size}")
         else:
-            plan.counts.append((owner, attribute, value // size))
+            declaration.counts.append((owner, attribute, value // size))
 
 
-def _read_views(plan: BlockPlan, size: int) -> None:
-    divided = {id(layer.layer) for layer in plan.layers.values()}
-    partial = dict.fromkeys(texts(declared(plan.block, "_tp_partial", ())))
-    for path, dim in {**partial, **declared(plan.block, "_tp_shard", {})}.items():
+def _read_views(declaration: Declaration, size: int) -> None:
+    divided = {id(layer.layer) for layer in declaration.layers.values()}
+    partial = dict.fromkeys(texts(declared(declaration.block, "_tp_partial", ())))
+    for path, dim in {**partial, **declared(declaration.block, "_tp_shard", {})}.items():
         what = "_tp_partial" if dim is None else "_tp_shard"
-        owner, name = _owner(plan, path, what)
+        owner, name = _owner(declaration, path, what)
         if owner is None:
             continue
         parameter = owner._parameters.get(name)
         if parameter is None or id(owner) in divided:
-            plan.problems.append(f"{plan.at(path)}: {what} must name parameters, and none of the divided layers")
+            declaration.refuse(path, f": {what} must name parameters, and none of the divided layers")
         elif dim is None:
-            plan.views.append(View(owner, name, None))
+            declaration.views.append(View(owner, name, None))
         elif not -parameter.ndim <= dim < parameter.ndim or parameter.shape[dim] % size:
-            shape = tuple(parameter.shape)
-            plan.problems.append(
-                f"{plan.at(path)}: dim {dim} of {shape} is not divisible by the tensor-parallel degree {size}"
-            )
+            problem = f": dim {dim} of {tuple(parameter.shape)} is not divisible by the tensor-parallel degree {size}"
+            declaration.refuse(path, problem)
         else:
-            plan.views.append(View(owner, name, dim % parameter.ndim))
+            declaration.views.append(View(owner, name, dim % parameter.ndim))
 
 
 # Finding things
@@ -276,16 +249,16 @@ def texts(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
-def _module(plan: BlockPlan, path: str, what: str) -> nn.Module | None:
+def _module(declaration: Declaration, path: str, what: str) -> nn.Module | None:
     try:
-        return plan.block.get_submodule(path)
+        return declaration.block.get_submodule(path)
     except AttributeError:
-        names = ", ".join(name for name, _ in plan.block.named_modules() if name) or "none"
-        plan.problems.append(f"{plan.at()} has no module {path!r} ({what}); it has {names}")
+        names = ", ".join(name for name, _ in declaration.block.named_modules() if name) or "none"
+        declaration.refuse("", f" has no module {path!r} ({what}); it has {names}")
         return None
 
 
-def _owner(plan: BlockPlan, path: str, what: str) -> tuple[nn.Module | None, str]:
+def _owner(declaration: Declaration, path: str, what: str) -> tuple[nn.Module | None, str]:
     parent, _, name = path.rpartition(".")
-    module = _module(plan, parent, f"of {path!r} in {what}")
+    module = _module(declaration, parent, f"of {path!r} in {what}")
     return (None if module is None else unwrapped(module)), name

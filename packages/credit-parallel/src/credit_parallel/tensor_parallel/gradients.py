@@ -28,19 +28,14 @@ def sync_replicated_gradients(model: nn.Module, group: ProcessGroup | None = Non
     - one that is declared in ``_tp_partial`` has a part of its gradient on each rank, and the backward sums the parts;
     - any other has its whole gradient on every rank, and is left alone.
 
-    So there is nothing left to reduce, and nothing happens twice if this is called after each of several accumulated
-    backwards, or not at all. What it does is to find parameters that break the rule because nobody declared them: in
-    its first calls it compares gradients across the ranks, and raises where they differ.
-
-    Args:
-        model: The model, before or after ``fully_shard``.
-        group: The tp group; None takes that of the model.
+    So there is nothing left to reduce, however often this is called. It finds parameters that break the rule because
+    nobody declared them: in its first calls it compares gradients across the ranks of the model's tp group, or of
+    ``group``.
 
     Raises:
         ValueError: On all ranks alike, if gradients differ: naming the parameters, with what to do.
 
-    Collectives:
-        In each of the first calls an all-gather of two numbers for each parameter; then none.
+    Collectives: in each of the first calls an all-gather of two numbers for each parameter; then none.
     """
     if group is None:
         group = getattr(model, "_tp_group", None)

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_halo import exchange_rows, ops, plan_rows
-from credit_halo._torch_private import group_by_name
-from credit_halo.plan import plans
+from credit_halo import exchange_rows, plan_rows
+from credit_halo.extend import group_by_name, ops, plans
 from credit_mesh import RowPartition
 from credit_parallel.tensor_parallel.parameters import divide
 from credit_parallel.tensor_parallel.region import Region, sum_from_region
@@ -22,19 +21,12 @@ from credit_parallel.tensor_parallel.region import Region, sum_from_region
 
 @dataclass(frozen=True)
 class Division:
-    """How a layer is divided.
+    """How a layer is divided."""
 
-    Attributes:
-        label: What errors call the layer.
-        group: Name of the tp group.
-        size: The tensor-parallel degree.
-        plan: Key of the exchange that brings a rank its rows of each part; empty where its slice is what it needs.
-    """
-
-    label: str
-    group: str
-    size: int
-    plan: str
+    label: str  #: what errors call the layer
+    group: str  #: name of the tp group
+    size: int  #: the tensor-parallel degree
+    exchange_plan: str  #: key of what brings a rank its rows of each part; empty where its slice is what it needs
 
 
 class _Divided(nn.Module):
@@ -50,23 +42,21 @@ class _Divided(nn.Module):
         """What this rank works with of a parameter."""
         local: Tensor = parameter.to_local()
         how = self.tp_division
-        if not how.plan:
+        if not how.exchange_plan:
             return local
         if torch.compiler.is_compiling():
-            rows: Tensor = ops.exchange(local, self._dim, how.plan, how.group, how.label, False, True)
+            rows: Tensor = ops.exchange(local, self._dim, how.exchange_plan, how.group, how.label, False, True)
             return rows
-        return exchange_rows(local, plans[how.plan], dim=self._dim, group=group_by_name(how.group), label=how.label)
+        return exchange_rows(
+            local, plans[how.exchange_plan], dim=self._dim, group=group_by_name(how.group), label=how.label
+        )
 
 
 class _Column(_Divided):
     _dim = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """This rank's output channels.
-
-        Args:
-            x: All input channels, the same on every tp rank.
-        """
+        """This rank's output channels, from all input channels, which are the same on every tp rank."""
         x = self.tp_region.enter(x, self.tp_division.group, self.tp_division.label)
         weight, bias = self._own(self._parameters["weight"]), self._parameters["bias"]
         out: Tensor = type(self)._operator(x, weight, None if bias is None else self._own(bias))
@@ -77,14 +67,7 @@ class _Row(_Divided):
     _dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank.
-
-        Args:
-            x: This rank's input channels.
-
-        Raises:
-            ValueError: If they are not as many as this rank's slice of the weight takes.
-        """
+        """All output channels, the same on every tp rank, from this rank's input channels."""
         how, weight, bias = self.tp_division, self._own(self._parameters["weight"]), self._parameters["bias"]
         if x.shape[self._channel_dim] != weight.shape[1]:
             raise ValueError(
@@ -136,27 +119,18 @@ _CLASSES: dict[tuple[str, type[nn.Module]], type[_Divided]] = {
 def divide_layer(
     layer: nn.Module, role: str, parts: Sequence[int], mesh: DeviceMesh, region: Region, label: str
 ) -> None:
-    """Make a layer column- or row-parallel, in place.
-
-    Args:
-        layer: A :class:`torch.nn.Linear` or a 1x1 :class:`torch.nn.Conv2d`.
-        role: ``"column"`` or ``"row"``.
-        parts: Sizes of the parts that the divided channels consist of.
-        mesh: The 1-D mesh of the tp axis.
-        region: The region of the layer's block.
-        label: What errors call the layer.
-    """
+    """Make a Linear or a 1x1 Conv2d column- or row-parallel, in place; parts are the sizes of its divided channels."""
     dim = 0 if role == "column" else 1
-    plan = _plan(tuple(parts), mesh.size(), mesh.get_local_rank())
+    exchange_plan = _exchange_plan(tuple(parts), mesh.size(), mesh.get_local_rank())
     divide(layer, "weight", mesh, dim)
     if role == "column" and layer.bias is not None:
         divide(layer, "bias", mesh, 0)
     layer.__class__ = _CLASSES[role, type(layer)]
-    layer.__dict__["tp_division"] = Division(label, mesh.get_group().group_name, mesh.size(), plan)
+    layer.__dict__["tp_division"] = Division(label, mesh.get_group().group_name, mesh.size(), exchange_plan)
     layer.__dict__["tp_region"] = region
 
 
-def _plan(parts: tuple[int, ...], size: int, rank: int) -> str:
+def _exchange_plan(parts: tuple[int, ...], size: int, rank: int) -> str:
     """Key of the exchange from contiguous slices of the whole to slices of each part."""
     if len(parts) == 1:
         return ""

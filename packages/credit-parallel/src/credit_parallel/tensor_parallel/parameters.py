@@ -8,16 +8,14 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from credit_domain.layers import DomainParallelLayer
-from credit_halo import naming_missing_ranks
-from credit_halo._torch_private import group_by_name
-from credit_halo.transport import as_bytes
+from credit_halo.extend import group_by_name
+from credit_parallel.collectives import broadcast_tensors
 from credit_parallel.tensor_parallel.region import copy_to_region
 
 TP_AXIS = "tp"
@@ -68,34 +66,14 @@ def _divide_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
             state[prefix + name] = slice_of(value.detach(), own.device_mesh, dim)
 
 
-@naming_missing_ranks("giving every rank the same weights")
 def broadcast_all(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give every tp rank the parameters and buffers of the first one.
-
-    Collectives:
-        A broadcast of each.
-    """
-    group = mesh.get_group()
-    source = dist.get_global_rank(group, 0)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if isinstance(tensor, DTensor) or tensor.is_meta or not tensor.numel():
-                continue
-            sent = tensor.detach().to(mesh.device_type).contiguous()
-            dist.broadcast(as_bytes(sent), source, group=group)
-            if sent.data_ptr() != tensor.data_ptr():
-                tensor.copy_(sent)
+    """Give every tp rank the parameters and buffers of the first one, but for those that are divided already."""
+    tensors = (*model.parameters(), *model.buffers())
+    broadcast_tensors((tensor for tensor in tensors if not isinstance(tensor, DTensor)), mesh.get_group())
 
 
 def present(owner: nn.Module, name: str, mesh: DeviceMesh, label: str) -> None:
-    """Have a module's ``forward`` see this rank's slice of a divided parameter, or another with a summed gradient.
-
-    Args:
-        owner: The module.
-        name: The parameter.
-        mesh: The 1-D mesh of the tp axis.
-        label: What errors call the module.
-    """
+    """Have a module's ``forward`` see this rank's slice of a divided parameter, or another with a summed gradient."""
     owner.__dict__.update(_tp_group_name=mesh.get_group().group_name, _tp_label=label)
     add_property(owner, name, _slice if name in owner.__dict__.get("_tp_dims", ()) else _copy)
 

@@ -21,25 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
-from credit_halo.agreement import agree
-from credit_halo.faults import break_group, refuse_broken
+from credit_halo.extend import agree, break_group, group_by_name, keep_order, prepare_inductor, refuse_broken
 
 
 def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
-    """``x``, which is the same on every rank, for use on this rank's channels.
+    """``x``, which is the same on every rank, for use on this rank's channels; ``group`` is the name of the tp group.
 
-    Args:
-        x: The same tensor on every rank.
-        group: Name of the tp group.
-        label: What errors call this.
+    Shape, dtype and the need for a gradient are compared once for each.
 
-    Raises:
-        ValueError: On all ranks alike, if shape, dtype or the need for a gradient differ (compared once for each).
-        ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-    Collectives:
-        One sum, in the backward.
+    Collectives: one sum, in the backward.
     """
     if not torch.compiler.is_compiling():
         _agree(x, group_by_name(group), f"{label} (input)")
@@ -48,20 +38,7 @@ def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
 
 
 def sum_from_region(x: Tensor, group: str, label: str) -> Tensor:
-    """The sum of the ranks' ``x``, which from then on is the same on every rank.
-
-    Args:
-        x: This rank's part.
-        group: Name of the tp group.
-        label: What errors call this.
-
-    Raises:
-        ValueError: As :func:`copy_to_region`.
-        ExchangeError: As :func:`copy_to_region`.
-
-    Collectives:
-        One sum, in the forward.
-    """
+    """The sum of the ranks' ``x``, the same on every rank: one sum in the forward; errors as :func:`copy_to_region`."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _agree(x, group_by_name(group), f"{label} (output)")

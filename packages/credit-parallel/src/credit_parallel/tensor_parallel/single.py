@@ -15,22 +15,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from credit_halo._torch_private import group_by_name
-from credit_halo.agreement import agree
-from credit_mesh.mesh import mesh_of
+from credit_halo.extend import agree, group_by_name
+from credit_mesh.extend import mesh_of
 from credit_parallel.contract import device_of
-from credit_parallel.tensor_parallel.declaration import unfit
+from credit_parallel.tensor_parallel.declaration import DividedLayer, unfit
 from credit_parallel.tensor_parallel.layers import divide_layer
 from credit_parallel.tensor_parallel.parameters import broadcast_all, tp_groups
 from credit_parallel.tensor_parallel.region import Region
 
 
 class _Single(nn.Module):
-    """What the four layers share.
-
-    Attributes:
-        tp_group: The tp group.
-    """
+    """What the four layers share."""
 
     _kind: ClassVar[type[nn.Module]]
     _role: ClassVar[str]
@@ -52,7 +47,7 @@ class _Single(nn.Module):
         if self._role == "row":  # it is added after the sum, once, and is a parameter of this module
             own.register_parameter("bias", None)
             self.register_parameter("bias", bias)
-        divide_layer(own, self._role, (_channels(own, self._role),), mesh, Region(), label)
+        divide_layer(own, self._role, (DividedLayer("", own, self._role).channels,), mesh, Region(), label)
         self.add_module(self._child, own)
         tp_groups.add(group)
 
@@ -68,166 +63,81 @@ class _Single(nn.Module):
         problem = unfit(layer, native=False)
         if problem is not None:
             return f"{what}: it {problem}"
-        total = _channels(layer, self._role)
-        if total % size:
-            name = (
-                f"{'out' if self._role == 'column' else 'in'}_{'features' if self._child == 'linear' else 'channels'}"
+        divided = DividedLayer("", layer, self._role)
+        if divided.channels % size:
+            return (
+                f"{what}: {divided.argument}={divided.channels} is not divisible by the tensor-parallel degree {size}"
             )
-            return f"{what}: {name}={total} is not divisible by the tensor-parallel degree {size}"
         return None
 
-
-class _SingleRow(_Single):
-    _role = "row"
-
     def forward(self, x: Tensor) -> Tensor:
-        """All output channels, the same on every tp rank.
+        """Column: this rank's output channels, from all of the input. Row: all output channels, from this rank's input.
 
-        Args:
-            x: This rank's input channels.
+        What every rank has whole is the same on each; its shape, dtype and need for a gradient are compared once.
 
-        Raises:
-            ValueError: If they are not as many as this rank's slice of the weight takes.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            One sum, in the forward.
+        Collectives: of a row layer one sum in the forward; of a column layer one, of the gradient, in the backward.
         """
         out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
-        if self.bias is None:
+        bias = self._parameters.get("bias")
+        if bias is None:
             return out
         # In the dtype of the operator, which under autocast is not that of the bias.
-        return out + self.bias.to(out.dtype).view(-1, *[1] * (2 if self._child == "conv" else 0))
-
-    bias: nn.Parameter | None
+        return out + bias.to(out.dtype).view(-1, *[1] * (2 if self._child == "conv" else 0))
 
 
-class _SingleColumn(_Single):
-    _role = "column"
+class _SingleConv2d(_Single):
+    _kind, _child = nn.Conv2d, "conv"
+    conv: nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
-        """This rank's output channels.
-
-        Args:
-            x: All input channels, the same on every tp rank.
-
-        Raises:
-            ValueError: On all ranks alike, if shape, dtype or the need for a gradient of ``x`` differ.
-            ExchangeError: If a peer died, or did not answer within the timeout of the group.
-
-        Collectives:
-            One sum of the gradient of ``x``, in the backward.
-        """
-        out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
-        return out
+    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(conv, tp_group)
 
 
-class TpColConv2d(_SingleColumn):
+class _SingleLinear(_Single):
+    _kind, _child = nn.Linear, "linear"
+    linear: nn.Linear
+
+    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__(linear, tp_group)
+
+
+class TpColConv2d(_SingleConv2d):
     """A 1x1 convolution whose output channels are divided over tp ranks.
 
     The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
     ``conv.weight`` and ``conv.bias``.
 
     Args:
-        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
-            one count.
+        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first one
+            count.
         tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
             group that comes from :func:`credit_mesh.build_device_mesh`.
 
     Raises:
         ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
 
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
+    Collectives: small all-gathers, then broadcasts of the parameters.
     """
 
-    _kind, _child = nn.Conv2d, "conv"
-    conv: nn.Conv2d
-
-    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(conv, tp_group)
+    _role = "column"
 
 
-class TpRowConv2d(_SingleRow):
-    """A 1x1 convolution whose input channels are divided over tp ranks.
+class TpRowConv2d(_SingleConv2d):
+    """As :class:`TpColConv2d`, of the input channels; keys of the state_dict are ``conv.weight`` and ``bias``."""
 
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``conv.weight`` and ``bias``.
-
-    Args:
-        conv: The layer, plain and 1x1, which is not changed. Where ranks hold other values, those of the first
-            one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Conv2d, "conv"
-    conv: nn.Conv2d
-
-    def __init__(self, conv: nn.Conv2d, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(conv, tp_group)
+    _role = "row"
 
 
-class TpColLinear(_SingleColumn):
-    """A linear layer whose output channels are divided over tp ranks.
+class TpColLinear(_SingleLinear):
+    """As :class:`TpColConv2d`, of the output features of a linear layer; keys: ``linear.weight``, ``linear.bias``."""
 
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``linear.weight`` and ``linear.bias``.
-
-    Args:
-        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Linear, "linear"
-    linear: nn.Linear
-
-    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(linear, tp_group)
+    _role = "column"
 
 
-class TpRowLinear(_SingleRow):
-    """A linear layer whose input channels are divided over tp ranks.
+class TpRowLinear(_SingleLinear):
+    """As :class:`TpColConv2d`, of the input features of a linear layer; keys: ``linear.weight`` and ``bias``."""
 
-    The weight is a DTensor of the whole shape, of which each rank has a slice. Keys of the state_dict are
-    ``linear.weight`` and ``bias``.
-
-    Args:
-        linear: The layer, which is not changed. Where ranks hold other values, those of the first one count.
-        tp_group: The tp group, or its 1-D mesh; None is the whole world. FSDP2 needs the mesh, which is found for a
-            group that comes from :func:`credit_mesh.build_device_mesh`.
-
-    Raises:
-        ValueError: On all ranks alike, if the layer is of another kind, or its channels do not divide.
-
-    Collectives:
-        A small all-gather, then a broadcast of each parameter.
-    """
-
-    _kind, _child = nn.Linear, "linear"
-    linear: nn.Linear
-
-    def __init__(self, linear: nn.Linear, tp_group: ProcessGroup | DeviceMesh | None) -> None:
-        super().__init__(linear, tp_group)
-
-
-def _channels(layer: nn.Module, role: str) -> int:
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return weight.shape[0 if role == "column" else 1]
+    _role = "row"
 
 
 def _mesh(group: ProcessGroup | DeviceMesh | None, label: str) -> DeviceMesh:

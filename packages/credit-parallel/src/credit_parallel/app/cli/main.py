@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from credit_parallel._version import __version__
+
+COMMANDS = ("demo", "train", "forecast", "export", "plan", "verify", "layout", "schema")
 
 DESCRIPTION = """\
 Train weather and climate models whose samples are shared by several ranks: each holds some latitude rows, and the
@@ -24,7 +27,7 @@ numbers are those of one rank.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each told in a line."""
+    """Run a command; returns the exit status: 2 for a user's mistake, 1 if a rank is gone, each mistake in a line."""
     parser = _parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
@@ -32,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format=f"[rank {rank}] %(message)s")
     args.arguments = arguments
     from credit_halo import ExchangeError
-    from credit_parallel.checkpoint.folders import CheckpointError
+    from credit_parallel.app.config_errors import ConfigError
+    from credit_parallel.checkpoint import CheckpointError
 
     try:
         status: int = args.run(args)
@@ -40,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             raise
         where = f"[rank {rank}] " if rank else ""
-        print(f"{where}{parser.prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        for mistake in error.mistakes if isinstance(error, ConfigError) else [str(error)]:
+            print(f"{where}{parser.prog} {args.command}: {' '.join(mistake.split())}", file=sys.stderr)
         return 2
     except ExchangeError as error:
         if args.verbose:
@@ -56,14 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from credit_parallel.app.cli import demo, forecast, layout, plan, train, verify
-
     parser = argparse.ArgumentParser(
         prog="credit-parallel", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, train, forecast, plan, verify, layout):
-        module.add_parser(commands)
+    for name in COMMANDS:
+        importlib.import_module(f"credit_parallel.app.cli.{name}_command").add_parser(commands)
     return parser

@@ -57,13 +57,7 @@ class Field:
 
 
 def fields_of(ds: Dataset, name: str, variables: Sequence[str], levels: Sequence[float]) -> tuple[Field, ...]:
-    """The fields of a file, in the order in which they are asked for.
-
-    Args:
-        ds: The file.
-        name: What errors call it.
-        variables: Names; empty for all that lie on the grid and change with time, sorted by name.
-        levels: Values of the vertical coordinate; empty for all.
+    """The fields of a file, in the order in which :class:`credit_parallel.app.data.files.FileSource` is asked for them.
 
     Raises:
         ValueError: If one is missing or has dims that nobody knows, or they are on different grids.

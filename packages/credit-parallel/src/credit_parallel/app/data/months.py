@@ -32,12 +32,7 @@ class MonthStep:
     offset: float
 
     def ahead(self, seconds: float, steps: int) -> float:
-        """Seconds from a time to that which is so many steps later on the calendar.
-
-        Args:
-            seconds: The time, since 1970-01-01.
-            steps: How many steps; less than 0 for earlier ones.
-        """
+        """Seconds from a time, since 1970-01-01, to that so many steps later (or earlier, below 0) on the calendar."""
         month = months_of(np.array([seconds]))
         here, there = (_places(self, month + later) for later in (0, steps * self.months))
         return float(there[0] - here[0])

@@ -20,14 +20,7 @@ __all__ = ["Samples", "lead_in_steps", "sample_starts", "times_between"]
 def sample_starts(
     source: Source, *, times: Iterable[int] | None = None, lead_steps: int, history: int = 1, steps: int = 1
 ) -> list[int]:
-    """The newest input time of each sample.
-
-    Args:
-        source: The data.
-        times: Indices of the times that samples may use, inputs and targets alike; None for all.
-        lead_steps: Times of the data from one state to the next.
-        history: States that a model sees.
-        steps: States to come.
+    """The newest input time of each sample; the arguments are those of :class:`Samples`.
 
     Raises:
         ValueError: If a number is not positive, or a time is none of the data's.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_halo import naming_missing_ranks
-from credit_halo.agreement import agree
+from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager
 from credit_parallel.app.data.checks import checked_times, one_line
 from credit_parallel.app.data.source import Channel, Source

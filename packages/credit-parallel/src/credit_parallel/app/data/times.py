@@ -139,15 +139,9 @@ def calendar_of(source: Source) -> MonthStep | None:
 
 
 def seconds_ahead(source: Source, time: int, steps: int) -> float | None:
-    """Seconds from a time of the data to that which is so many steps later, beyond the end of the data too.
+    """Seconds from a time of the data to that which is so many times later, beyond the end of the data too.
 
-    Args:
-        source: The data.
-        time: Index of the time.
-        steps: How many steps of the data.
-
-    Returns:
-        None where times are no moments, or there is one time alone.
+    None where times are no moments, or there is one time alone.
     """
     if source.seconds is None:
         return None

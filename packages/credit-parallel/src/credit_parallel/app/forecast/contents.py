@@ -79,13 +79,7 @@ def contents_of(
 ) -> Contents:
     """Arrange channels as variables, those of one name along a level, and times as CF has them.
 
-    Args:
-        channels: The channels of a field.
-        grid: Where they are.
-        starts: The initial times: seconds since 1970-01-01, or labels where times are none.
-        leads: Seconds from the initial time; numbers of steps where ``starts`` are labels, or ``valid`` is given.
-        attributes: Of the file, besides ``Conventions``.
-        valid: The time of each start and lead, seconds since 1970-01-01, where leads are numbers of steps.
+    The arguments are those of :class:`credit_parallel.app.forecast.writer.ForecastWriter`.
 
     Raises:
         ValueError: If there are no channels, starts or leads, two of them are equal, or a variable has both a level and

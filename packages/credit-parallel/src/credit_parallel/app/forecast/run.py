@@ -17,7 +17,7 @@ from credit_parallel.app.data.times import calendar_of, seconds_ahead
 from credit_parallel.app.forecast.writer import ForecastWriter
 from credit_parallel.app.training.experiment import Experiment
 from credit_parallel.app.training.scores import LeadScores
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.together import together
 from credit_parallel.contract import place_of
 
 WHAT = "forecast"
@@ -63,7 +63,7 @@ def run_forecast(
         Those of the model, of the writer and of the scores; for each step of a start a small all-gather.
     """
     source, data = experiment.checked.source, experiment.config.data
-    statistics, context, device = experiment.known_statistics, experiment.context, experiment.device
+    statistics, context, device = experiment.statistics, experiment.context, experiment.device
     lead, rows = experiment.checked.lead_steps, experiment.rows
     layout, at = place_of(context.manager)
     with together(WHAT):
@@ -142,23 +142,7 @@ def open_writer(
     overwrite: bool = False,
     attributes: Mapping[str, str] | None = None,
 ) -> ForecastWriter:
-    """A writer for :func:`run_forecast`, with the same arguments on every rank.
-
-    Args:
-        experiment: As there.
-        starts: As there.
-        steps: As there.
-        path: As :class:`ForecastWriter` takes it, and the next ones.
-        compression: Level of zlib.
-        overwrite: Whether to replace what has this name.
-        attributes: Of the file.
-
-    Raises:
-        ValueError: As :class:`ForecastWriter`.
-
-    Collectives:
-        Those of :class:`ForecastWriter`.
-    """
+    """A :class:`ForecastWriter` for :func:`run_forecast`, with its arguments and the writer's, alike on every rank."""
     source, context = experiment.checked.source, experiment.context
     lead = experiment.checked.lead_steps
     seconds, valid = source.seconds if _has_times(source) else None, None

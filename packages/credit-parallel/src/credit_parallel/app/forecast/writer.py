@@ -19,7 +19,7 @@ from credit_mesh import DomainParallelManager, RowPartition, get_domain_parallel
 from credit_parallel.app.data.source import Channel, Grid
 from credit_parallel.app.forecast.contents import contents_of
 from credit_parallel.app.forecast.stores import Block, Store, check_target, remove, store_of
-from credit_parallel.checkpoint.ranks import is_distributed, rank_and_size, together
+from credit_parallel.checkpoint.together import is_distributed, rank_and_size, together
 from credit_parallel.contract import device_of, gather_numbers, place_of
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from credit_halo import answer_roll_calls, naming_missing_ranks
+from credit_halo.extend import share_cores
 
 RENDEZVOUS = "CREDIT_PARALLEL_RENDEZVOUS"
 """The file through which ranks of this machine meet; torchrun's ranks meet through ``MASTER_ADDR``."""
@@ -86,7 +87,7 @@ def joined(device: torch.device, timeout: float | None = None) -> Iterator[Place
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // at.local_size))
+        share_cores(at.local_size)
     if at.world_size == 1:
         yield at
         return

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from credit_domain import plan_domain_parallel
 from credit_domain.casts import cast_module
 from credit_mesh import RankLayout, RowPartition
-from credit_parallel._torch_private import allow_recompilations
+from credit_parallel._torch_private import compiled
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.data.forcings import Forcings
 from credit_parallel.app.data.opening import open_source
@@ -30,11 +30,12 @@ from credit_parallel.app.data.times import seconds_ahead
 from credit_parallel.app.models import build_model
 from credit_parallel.app.training.rollout import rollout
 from credit_parallel.blocks import blocks_of
-from credit_parallel.checkpoint.folders import write_file
-from credit_parallel.checkpoint.ranks import together
+from credit_parallel.checkpoint.step_folders import write_file
+from credit_parallel.checkpoint.together import together
 from credit_parallel.context import ParallelContext, parallelize
 from credit_parallel.losses import cos_latitude_weights, latitude_weights
 from credit_parallel.state_dicts import from_first
+from credit_parallel.trainer_section import Conf
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,10 @@ def check(
             f"trainer.parallelism.data: none keeps {layout.dp} replicas apart; say ddp or fsdp2, or start "
             f"{layout.tp * layout.domain} rank(s)"
         )
-    if training and trainer.batch_size % (layout.dp * trainer.accumulate):
+    if training and trainer.batch_size % (layout.dp * trainer.grad_accum_steps):
         raise ValueError(
             f"trainer.batch_size counts the samples of all replicas together: {trainer.batch_size} do not divide over "
-            f"{layout.dp} replicas in {trainer.accumulate} part(s) each"
+            f"{layout.dp} replicas in {trainer.grad_accum_steps} micro-batch(es) each (trainer.grad_accum_steps)"
         )
     source = open_source(data)
     lead_steps = lead_in_steps(source, data.lead)
@@ -160,7 +161,7 @@ class Experiment:
         device: Of this rank.
         dtype: Of parameters and data.
         rows: The rows of this rank.
-        statistics: Of the data; None before they are known.
+        statistics: Of the data.
     """
 
     checked: Checked
@@ -168,7 +169,7 @@ class Experiment:
     device: torch.device
     dtype: torch.dtype
     rows: range
-    statistics: Statistics | None = None
+    statistics: Statistics
 
     @property
     def config(self) -> RunConfig:
@@ -176,10 +177,9 @@ class Experiment:
         return self.checked.config
 
     @property
-    def known_statistics(self) -> Statistics:
-        """The statistics, which are there by now."""
-        assert self.statistics is not None
-        return self.statistics
+    def increments(self) -> Tensor:
+        """The typical change of each channel over a lead, in units of its standard deviation: float64 of shape (C,)."""
+        return self.statistics.increment / self.statistics.std
 
     def weights(self) -> Tensor | None:
         """The weight of each row of the whole grid in losses and scores, of shape (H,); None for equal ones."""
@@ -195,7 +195,7 @@ class Experiment:
         return Samples(
             self.checked.source,
             self.rows,
-            self.known_statistics,
+            self.statistics,
             lead_steps=self.checked.lead_steps,
             history=data.history,
             steps=steps,
@@ -212,66 +212,65 @@ class Experiment:
 
     def predictions(self, fields: Tensor, forcings: Tensor) -> Iterator[Tensor]:
         """The states that follow the history, with which ``fields`` (B, times, C, H, W) begin, one for each forcing."""
-        statistics = self.known_statistics
-        increments = (statistics.increment / statistics.std).to(self.device)
 
         def model(x: Tensor) -> Tensor:
             with self.autocast():
                 out: Tensor = self.context.model(x)
             return out
 
-        return rollout(model, fields[:, : self.config.data.history], forcings, increments)
+        return rollout(model, fields[:, : self.config.data.history], forcings, self.increments.to(self.device))
 
 
-def prepare(checked: Checked, device: torch.device) -> Experiment:
-    """Put the model on the ranks and give each its rows.
+def prepare(checked: Checked, device: torch.device, statistics: Statistics | None = None) -> Experiment:
+    """Put the model on the ranks, give each its rows, and find the statistics.
+
+    Args:
+        checked: What the configuration came to.
+        device: Of this rank.
+        statistics: Of the data. None takes those in the folder of the run, or works them out and keeps them there.
+
+    Raises:
+        ValueError: On all ranks alike: as :func:`credit_parallel.context.parallelize`; statistics of other channels;
+            values that are missing, where statistics are worked out.
 
     Collectives:
-        Those of :func:`credit_parallel.context.parallelize`; every rank must call it.
+        Those of ``parallelize`` and, without ``statistics``, of
+        :func:`credit_parallel.app.data.statistics.compute_statistics`; every rank must call it.
     """
     trainer = checked.config.trainer
     dtype = getattr(torch, trainer.dtype)
     grid = checked.source.grid
-    conf = {
-        "trainer": {
-            "parallelism": trainer.parallelism.to_dict(),
-            "amp": trainer.amp,
-            "activation_checkpoint": trainer.activation_checkpoint,
-            "fsdp2_blocks": list(trainer.fsdp2_blocks),
-            "timeout": trainer.timeout,
-            "startup_timeout": trainer.first_timeout,
-            "find_unused_parameters": trainer.find_unused_parameters,
-        }
-    }
     shape = (1, checked.in_channels, grid.height, grid.width)
-    context = parallelize(cast_module(checked.model, dtype, device), conf, input_shape=shape, check=trainer.trial)
+    context = parallelize(cast_module(checked.model, dtype, device), trainer, input_shape=shape, check=trainer.trial)
     if trainer.compile:
-        compile_blocks(context.model, conf)
+        compile_blocks(context.model, trainer)
     rows = range(grid.height)
     if context.manager is not None:
         rows = context.manager.declare(checked.partition).interval(context.manager.domain_rank)
-    return Experiment(checked, context, device, dtype, rows)
+    if statistics is None:
+        statistics = statistics_of(checked, context, rows)
+    return Experiment(checked, context, device, dtype, rows, statistics)
 
 
-def compile_blocks(model: nn.Module, conf: dict[str, Any]) -> None:
+def compile_blocks(model: nn.Module, conf: Conf) -> None:
     """Compile the outermost blocks of a model, each as one graph; the whole model where it has none.
 
     What FSDP2 does around a block, and its recomputation in the backward, stay outside of the compiled code.
     """
     blocks = blocks_of(model, conf)
     outer = [block for name, block in blocks.items() if not any(name.startswith(f"{other}.") for other in blocks)]
-    allow_recompilations(8 * len(outer))
+    versions = 8 * len(outer)
     for block in outer:
         forward: Callable[..., Any] = block.forward
         if isinstance(forward, functools.partial):  # recomputed in the backward
-            block.forward = functools.partial(forward.func, torch.compile(forward.args[0], fullgraph=True))
+            block.forward = functools.partial(forward.func, compiled(forward.args[0], versions))
         else:
-            block.forward = torch.compile(forward, fullgraph=True)
+            block.forward = compiled(forward, versions)
     if not outer:
         model.compile()
 
 
-def statistics_of(checked: Checked, context: ParallelContext, rows: range, folder: Path) -> Statistics:
+def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> Statistics:
     """The statistics of the training data: those in the folder of the run, or worked out now and kept there.
 
     Where they are worked out, all training and validation data are read once, and missing values refused.
@@ -282,12 +281,13 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range, folde
     Collectives:
         A broadcast; where they are worked out, those of ``compute_statistics``.
     """
-    path = folder / STATISTICS
+    path = Path(checked.config.folder) / STATISTICS
     of = _identity(checked)
+    first = context.layout.world_size == 1 or torch.distributed.get_rank() == 0
     kept: dict[str, Any] | None = None
     with together(str(path)):
-        if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
-            kept = json.loads(path.read_text()) if path.exists() else None
+        if first and path.exists():
+            kept = json.loads(path.read_text())
     kept = from_first(kept)
     labels = [channel.label for channel in checked.source.channels]
     if kept is not None and kept.get("of") == of:
@@ -295,8 +295,8 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range, folde
     unseen = sorted({*checked.valid} - {*checked.train})
     found = compute_statistics(checked.source, checked.train, checked.lead_steps, rows, context.manager, others=unseen)
     with together(str(path)):
-        if context.layout.world_size == 1 or torch.distributed.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+        if first:
+            path.parent.mkdir(parents=True, exist_ok=True)
             content = {"of": of, "statistics": found.to_dict(labels)}
             write_file(path, json.dumps(content, indent=2).encode())
     return found
@@ -304,10 +304,9 @@ def statistics_of(checked: Checked, context: ParallelContext, rows: range, folde
 
 def _identity(checked: Checked) -> dict[str, Any]:
     """What statistics depend on: the data, the times, the lead, and the file as it is."""
-    data = asdict(checked.config.data)
-    source = data["source"]
-    stamp = [os.path.getsize(source), os.path.getmtime(source)] if os.path.isfile(source) else None
-    of = {key: data[key] for key in ("source", "variables", "levels", "options")}
+    data = checked.config.data
+    stamp = [os.path.getsize(data.source), os.path.getmtime(data.source)] if os.path.isfile(data.source) else None
+    of = {key: getattr(data, key) for key in ("source", "variables", "levels", "options")}
     times = [(each[0], each[-1], len(each)) if each else None for each in (checked.train, checked.valid)]
     identity: dict[str, Any] = json.loads(
         json.dumps({**of, "times": times, "lead": checked.lead_steps, "file": stamp})  # as it will be read

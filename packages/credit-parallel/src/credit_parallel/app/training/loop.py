@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from credit_halo import naming_missing_ranks
 from credit_parallel._version import __version__
 from credit_parallel.app.data.samples import Samples
-from credit_parallel.app.training.experiment import Checked, Experiment, prepare, statistics_of
+from credit_parallel.app.training.experiment import Checked, Experiment, prepare
 from credit_parallel.app.training.log import MetricsLog
 from credit_parallel.app.training.resuming import changes, follow
 from credit_parallel.app.training.schedule import make_optimizer, make_scheduler
 from credit_parallel.app.training.scores import LeadScores
 from credit_parallel.app.training.stopping import StopOnSignal
 from credit_parallel.checkpoint import latest
-from credit_parallel.checkpoint.ranks import owning, together
+from credit_parallel.checkpoint.together import owning, together
 from credit_parallel.sampler import DataParallelSampler
 from credit_parallel.state_dicts import from_first
 
@@ -87,10 +87,7 @@ def train(checked: Checked, device: torch.device, reporter: Reporter | None = No
     """
     folder = Path(checked.config.folder)
     with owning(folder / CHECKPOINTS):
-        experiment = prepare(checked, device)
-        statistics = statistics_of(checked, experiment.context, experiment.rows, folder)
-        experiment = Experiment(checked, experiment.context, device, experiment.dtype, experiment.rows, statistics)
-        return _Training(experiment, folder, reporter or Reporter()).run()
+        return _Training(prepare(checked, device), folder, reporter or Reporter()).run()
 
 
 def summary(experiment: Experiment) -> str:
@@ -126,8 +123,7 @@ class _Training:
         self.scheduler = make_scheduler(self.optimizer, self.config, self.steps)
         weights = experiment.weights()
         self.weights = None if weights is None else weights.to(experiment.device)
-        self.increments = experiment.known_statistics.increment / experiment.known_statistics.std
-        self.increments = self.increments.to(experiment.device, experiment.dtype).view(-1, 1, 1)
+        self.increments = experiment.increments.to(experiment.device, experiment.dtype).view(-1, 1, 1)
         self.step = 0
         self.saved: Path | None = None
         self.saved_at = self.validated_at = -1
@@ -236,7 +232,8 @@ class _Training:
             yield fields.to(device, non_blocking=True), forcings.to(device, non_blocking=True)
 
     def take_step(self, fields: Tensor, forcings: Tensor) -> tuple[Tensor, Tensor]:
-        parts = list(zip(fields.chunk(self.config.accumulate), forcings.chunk(self.config.accumulate), strict=True))
+        count = self.config.grad_accum_steps
+        parts = list(zip(fields.chunk(count), forcings.chunk(count), strict=True))
         total = fields.new_zeros(())
         for i, (part, known) in enumerate(parts):
             with self.context.accumulate(last=i == len(parts) - 1):
@@ -244,7 +241,7 @@ class _Training:
                 loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         try:
-            norm = self.context.step(self.optimizer, self.config.clip)
+            norm = self.context.step(self.optimizer, self.config.max_grad_norm)
         except ValueError as error:
             raise ValueError(
                 f"step {self.step + 1}: {error}; lower trainer.lr, or look at the data. The last checkpoint is "
@@ -271,7 +268,7 @@ class _Training:
             return
         samples = self.experiment.samples(times, self.config.rollout)
         sampler = self.context.sampler(samples, shuffle=False)
-        channels, statistics = self.experiment.checked.source.channels, self.experiment.known_statistics
+        channels, statistics = self.experiment.checked.source.channels, self.experiment.statistics
         scores = LeadScores(channels, statistics, self.weights, self.config.rollout)
         model = self.context.model
         self.context.sync_buffers()
@@ -301,7 +298,7 @@ class _Training:
             sampler=self.sampler.state_dict(used),
             extra={
                 "config": self.experiment.config.to_dict(),
-                "statistics": self.experiment.known_statistics.to_dict(self.labels()),
+                "statistics": self.experiment.statistics.to_dict(self.labels()),
             },
             keep=self.config.keep,
         )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from credit_parallel.app.config import present_keys
+
 # They say how, where and how often, and change no number of the training.
 _FREE = (
-    *("folder", "data.workers", "trainer.parallelism", "trainer.accumulate", "trainer.activation_checkpoint"),
+    *("folder", "data.workers", "trainer.parallelism", "trainer.grad_accum_steps", "trainer.activation_checkpoint"),
     *("trainer.fsdp2_blocks", "trainer.find_unused_parameters", "trainer.trial", "trainer.compile", "trainer.device"),
     *("trainer.valid_every", "trainer.checkpoint_every", "trainer.keep", "trainer.log_every", "trainer.tensorboard"),
 )
@@ -23,13 +25,13 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the configuration of a checkpoint and that of the run which goes on from it, in words.
 
     Args:
-        saved: The configuration of the checkpoint, as ``RunConfig.to_dict`` gives it.
+        saved: The configuration of the checkpoint, as ``RunConfig.to_dict`` gives it, of this version or a former one.
         now: The present one.
 
     Raises:
         ValueError: If a key has changed that cannot change within a run.
     """
-    before, here = dict(_leaves(saved)), dict(_leaves(now))
+    before, here = dict(_leaves(present_keys(saved))), dict(_leaves(now))
     # Keys that only one of both has are of another version, but for options, which are free.
     keys = {key for key in {*before, *here} if key.startswith(_OPTIONS) or (key in before and key in here)}
     differ = [

@@ -14,9 +14,7 @@ from credit_parallel.app.config import TrainerConfig
 def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
     """AdamW, with weight decay for weights of two and more dims that are no tables of positions or biases.
 
-    Args:
-        model: The wrapped model; parameters of one dim are biases and the weights of norms.
-        config: ``lr``, ``betas`` and ``weight_decay``.
+    Parameters of one dim are biases and the weights of norms.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decays = {name: p.ndim > 1 and "bias" not in name and "position" not in name for name, p in named}

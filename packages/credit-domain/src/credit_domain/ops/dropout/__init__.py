@@ -1,0 +1,1 @@
+"""Dropout, with masks that differ between ranks, or are the same for whole channels."""

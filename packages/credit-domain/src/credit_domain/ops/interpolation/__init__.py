@@ -1,0 +1,1 @@
+"""Resampling to another number of rows."""

@@ -1,0 +1,1 @@
+"""Normalisations, with the statistics of all ranks' rows."""

@@ -1,0 +1,1 @@
+"""Padding, of any tensor and of a global grid."""
