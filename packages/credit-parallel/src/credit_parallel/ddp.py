@@ -37,16 +37,11 @@ class AveragedDataParallel(DistributedDataParallel):
 
     ``no_sync``, ``module`` and the names in its state dict are those of torch's class. Torch's own reducer gets a
     single parameter, since it cannot be left without one, and is never started. Buffers are those of the first rank, as
-    torch's options ask; with a ``buffer_group`` those of the first rank of that.
+    torch's options ask; where a group is given for ``buffers``, those of its first rank.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        group: ProcessGroup,
-        buffer_group: ProcessGroup | None,
-        bucket_bytes: int,
-        **options: Any,
+        self, module: nn.Module, group: ProcessGroup, buffers: ProcessGroup | None, bucket_bytes: int, **options: Any
     ) -> None:
         names: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         plain = {name: p for name, p in names.items() if p.requires_grad and not isinstance(p, DTensor)}
@@ -54,7 +49,7 @@ class AveragedDataParallel(DistributedDataParallel):
         others = [name for name, p in names.items() if p is not plain[smallest]]
         leave_to_others(module, [*others, *(f".{name}" for name in others if "." not in name)])
         super().__init__(module, process_group=group, init_sync=False, **options)
-        self._buffer_group = buffer_group
+        self._buffer_group = buffers
         GradientReducer(module, _reducible(module), group, bucket_bytes).follow(self)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call, unused-ignore]
@@ -125,16 +120,14 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf = None, *
     manager = manager_of(model)
     folds, group = covers_domain(dp_mesh, manager), dp_mesh.get_group()
     buffers, bucket_bytes = _known(options)
-    apart = manager.data_parallel_group if folds else None
-    start_equal(model, [group], None if apart is None else [apart])
+    start_equal(model, [group], [manager.data_parallel_group] if folds else None)
     parameters = _reducible(model)
     trained = [p for p in parameters.values() if p.requires_grad]
     wrapped = model
     if any(not isinstance(p, DTensor) for p in trained):
-        wanted = apart if all(buffers.values()) else None
-        wrapped = AveragedDataParallel(
-            model, group, wanted, bucket_bytes, **({_SYNC_BUFFERS: False} if folds else buffers)
-        )
+        apart = manager.data_parallel_group if folds and all(buffers.values()) else None
+        buffers = {_SYNC_BUFFERS: False} if folds else buffers
+        wrapped = AveragedDataParallel(model, group, apart, bucket_bytes, **buffers)
     elif parameters:
         GradientReducer(model, parameters, group, bucket_bytes)
     if not trained:
