@@ -196,9 +196,11 @@ def shared_state() -> dict[str, Any]:
         found["torch's grad mode"] = torch.is_grad_enabled()
         found["torch's autocast"] = torch.is_autocast_enabled("cpu")
         found["torch's deterministic mode"] = torch.are_deterministic_algorithms_enabled()
-        found["a process group"] = torch.distributed.is_initialized()
+        found["torch's process group"] = torch.distributed.is_initialized()
         for at in (torch, torch.distributed, torch.nn, torch.nn.functional, torch.nn.Module):
-            found.update({f"{at.__name__}.{name}": id(value) for name, value in vars(at).items() if callable(value)})
+            found.update(
+                {f"torch's {at.__name__}.{name}": id(value) for name, value in vars(at).items() if callable(value)}
+            )
     return found
 
 
