@@ -133,15 +133,16 @@ def test_what_the_user_names(trained, tmp_path, capsys, code):
 
 
 def test_only_the_user_has_the_working_directory_searched(trained, tmp_path, capsys, monkeypatch):
-    (tmp_path / "found_here_only.py").write_text("from credit_parallel.app.examples.unet import UNet\n")
+    name = f"found_in_{tmp_path.name}"  # no other test has imported it
+    (tmp_path / f"{name}.py").write_text("from credit_parallel.app.examples.unet import UNet\n")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
     monkeypatch.chdir(tmp_path)
-    folder = named(trained, tmp_path, "found_here_only:UNet")
+    folder = named(trained, tmp_path, f"{name}:UNet")
     status, text = told(capsys, folder, "--trust")
     assert status == 2
-    assert "there is no module 'found_here_only', among the installed ones" in text
+    assert f"there is no module {name!r}, among the installed ones" in text
     assert str(tmp_path) not in sys.path
-    assert told(capsys, folder, "--model", "found_here_only:UNet")[0] == 0
+    assert told(capsys, folder, "--model", f"{name}:UNet")[0] == 0
 
 
 def test_ranks_search_the_working_directory_only_where_the_command_does(trained, tmp_path):
