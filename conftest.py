@@ -176,6 +176,11 @@ def threads_that_stay() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if not thread.daemon]
 
 
+def whose(function: Any) -> object:
+    """What tells a function from one in its place; torch may put its own in place of its own, when it first compiles."""
+    return "torch" if str(getattr(function, "__module__", "")).startswith("torch") else id(function)
+
+
 def shared_state() -> dict[str, Any]:
     """What all tests of a process share, by what an error calls it."""
     found: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
@@ -198,9 +203,8 @@ def shared_state() -> dict[str, Any]:
         found["torch's deterministic mode"] = torch.are_deterministic_algorithms_enabled()
         found["torch's process group"] = torch.distributed.is_initialized()
         for at in (torch, torch.distributed, torch.nn, torch.nn.functional, torch.nn.Module):
-            found.update(
-                {f"torch's {at.__name__}.{name}": id(value) for name, value in vars(at).items() if callable(value)}
-            )
+            functions = {name: value for name, value in vars(at).items() if callable(value)}
+            found.update({f"torch's {at.__name__}.{name}": whose(value) for name, value in functions.items()})
     return found
 
 

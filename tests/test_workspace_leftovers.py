@@ -14,10 +14,10 @@ LEAVES = {
     "handler": ("logging.getLogger().addHandler(logging.NullHandler())", "the logger root"),
     "level": ("logging.getLogger('credit_halo').setLevel(10)", "the logger credit_halo"),
     "module": ("sys.modules['json'] = os", "sys.modules['json']"),
-    "dtype": ("torch.set_default_dtype(torch.float64)", "torch's default dtype, torch.Storage"),
+    "dtype": ("torch.set_default_dtype(torch.float64)", "torch's default dtype"),
     "grad": ("torch.set_grad_enabled(False)", "torch's grad mode"),
-    "function": ("dist.all_reduce = print", "torch.distributed.all_reduce"),
-    "group": ("dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)", "a process group"),
+    "function": ("dist.all_reduce = print", "torch's torch.distributed.all_reduce"),
+    "group": ("dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)", "torch's process group"),
 }
 
 
