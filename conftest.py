@@ -177,7 +177,7 @@ def threads_that_stay() -> list[threading.Thread]:
 
 
 def whose(function: Any) -> object:
-    """What tells a function from one in its place; torch may put its own in place of its own, when it first compiles."""
+    """What tells a function from one in its place; torch itself puts others there, when it first compiles."""
     return "torch" if str(getattr(function, "__module__", "")).startswith("torch") else id(function)
 
 
