@@ -26,17 +26,11 @@ USERS_MISTAKE = 2
 
 
 class Ended(NamedTuple):
-    """The rank that failed first.
-
-    Attributes:
-        rank: Its number.
-        status: Its exit status, of the kind that ``subprocess`` gives: negative for a signal.
-        early: Whether it ended with 0 before the ranks had finished together.
-    """
+    """The rank that failed first."""
 
     rank: int
-    status: int
-    early: bool = False
+    status: int  #: as ``subprocess`` gives it: negative for a signal
+    early: bool = False  #: whether it ended with 0 before the ranks had finished together
 
     def __str__(self) -> str:
         """Return what happened, in one line."""

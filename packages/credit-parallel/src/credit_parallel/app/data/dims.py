@@ -33,27 +33,17 @@ _CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
 
 @dataclass(frozen=True)
 class Field:
-    """A variable of a file, and the channels that it becomes.
+    """A variable of a file, and the channels that it becomes."""
 
-    Attributes:
-        name: Of the variable.
-        dims: Its dims that matter, as the file orders them; the others have one element.
-        latitude: Name of its dim of latitude.
-        longitude: Of longitude.
-        time: Of time; None where each file is one time.
-        vertical: Of the vertical; None for none.
-        levels: Indices of the levels that are wanted, in the order of the channels; one 0 where there is no vertical.
-        channels: A channel for each.
-    """
-
-    name: str
-    dims: tuple[str, ...]
-    latitude: str
-    longitude: str
-    time: str | None
-    vertical: str | None
+    name: str  #: of the variable
+    dims: tuple[str, ...]  #: its dims that matter, as the file orders them; the others have one element
+    latitude: str  #: name of its dim of latitude
+    longitude: str  #: of longitude
+    time: str | None  #: of time; None where each file is one time
+    vertical: str | None  #: of the vertical; None for none
+    #: Indices of the levels that are wanted, in the order of the channels; one 0 where there is no vertical.
     levels: tuple[int, ...]
-    channels: tuple[Channel, ...]
+    channels: tuple[Channel, ...]  #: a channel for each
 
 
 def fields_of(ds: Dataset, name: str, variables: Sequence[str], levels: Sequence[float]) -> tuple[Field, ...]:

@@ -14,50 +14,30 @@ PRESSURE_UNITS = ("hpa", "pa", "mb", "mbar", "millibar", "millibars", "pascal", 
 
 
 class Coordinate(NamedTuple):
-    """A coordinate variable.
-
-    Attributes:
-        name: Its name.
-        dims: Its dimensions; its own name for a coordinate of a dimension.
-        values: int64, float64 or text.
-        attributes: By the CF conventions.
-    """
+    """A coordinate variable."""
 
     name: str
-    dims: tuple[str, ...]
-    values: Any
-    attributes: dict[str, Any]
+    dims: tuple[str, ...]  #: its own name for a coordinate of a dimension
+    values: Any  #: int64, float64 or text
+    attributes: dict[str, Any]  #: by the CF conventions
 
 
 class Variable(NamedTuple):
-    """A float32 variable with the channels of one name.
-
-    Attributes:
-        name: Its name.
-        dims: Start, lead, a level where there are levels, latitude, longitude.
-        channels: Its channels, in the order of its levels.
-        attributes: By the CF conventions.
-    """
+    """A float32 variable with the channels of one name."""
 
     name: str
-    dims: tuple[str, ...]
-    channels: tuple[int, ...]
-    attributes: dict[str, Any]
+    dims: tuple[str, ...]  #: start, lead, a level where there are levels, latitude, longitude
+    channels: tuple[int, ...]  #: in the order of its levels
+    attributes: dict[str, Any]  #: by the CF conventions
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All of a file.
-
-    Attributes:
-        coordinates: Its coordinates.
-        variables: Its variables.
-        attributes: Those of the file itself.
-    """
+    """All of a file."""
 
     coordinates: tuple[Coordinate, ...]
     variables: tuple[Variable, ...]
-    attributes: dict[str, str]
+    attributes: dict[str, str]  #: of the file itself
 
     @property
     def sizes(self) -> dict[str, int]:

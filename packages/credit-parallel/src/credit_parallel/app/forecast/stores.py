@@ -22,15 +22,10 @@ Block = tuple[str, tuple[Any, ...], Any]
 
 
 class Turns(NamedTuple):
-    """When a rank may write.
+    """When a rank may write."""
 
-    Attributes:
-        mine: Its turn.
-        turns: How many there are.
-    """
-
-    mine: int
-    turns: int
+    mine: int  #: its turn
+    turns: int  #: how many there are
 
 
 class Store(Protocol):

@@ -20,19 +20,12 @@ RENDEZVOUS = "CREDIT_PARALLEL_RENDEZVOUS"
 
 
 class Place(NamedTuple):
-    """Where this process is among the ranks that were started, before they have met.
+    """Where this process is among the ranks that were started, before they have met."""
 
-    Attributes:
-        rank: Of all ranks.
-        world_size: How many there are.
-        local_rank: Of those on this machine.
-        local_size: How many those are.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    rank: int = 0  #: of all ranks
+    world_size: int = 1  #: how many there are
+    local_rank: int = 0  #: of those on this machine
+    local_size: int = 1  #: how many those are
 
 
 def place() -> Place:

@@ -44,29 +44,17 @@ STATISTICS = "statistics.json"
 
 @dataclass(frozen=True)
 class Checked:
-    """What a configuration comes to, found without any other rank.
-
-    Attributes:
-        config: The configuration.
-        layout: How the ranks are arranged.
-        source: The data.
-        lead_steps: Times of the data from input to target.
-        train: The times to train on.
-        valid: The times to validate on.
-        partition: How the rows are divided.
-        model: The model, plain, with its first weights.
-        notes: What the user may want to know.
-    """
+    """What a configuration comes to, found without any other rank."""
 
     config: RunConfig
     layout: RankLayout
     source: Source
-    lead_steps: int
-    train: tuple[int, ...]
-    valid: tuple[int, ...]
-    partition: RowPartition
-    model: nn.Module
-    notes: tuple[str, ...] = ()
+    lead_steps: int  #: times of the data from input to target
+    train: tuple[int, ...]  #: the times to train on
+    valid: tuple[int, ...]  #: the times to validate on
+    partition: RowPartition  #: how the rows are divided
+    model: nn.Module  #: plain, with its first weights
+    notes: tuple[str, ...] = ()  #: what the user may want to know
 
     @property
     def in_channels(self) -> int:
@@ -153,23 +141,14 @@ def check(
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a training or a forecast works with, on one rank.
+    """What a training or a forecast works with, on one rank."""
 
-    Attributes:
-        checked: What the configuration came to.
-        context: The model on the mesh.
-        device: Of this rank.
-        dtype: Of parameters and data.
-        rows: The rows of this rank.
-        statistics: Of the data.
-    """
-
-    checked: Checked
-    context: ParallelContext
-    device: torch.device
-    dtype: torch.dtype
-    rows: range
-    statistics: Statistics
+    checked: Checked  #: what the configuration came to
+    context: ParallelContext  #: the model on the mesh
+    device: torch.device  #: of this rank
+    dtype: torch.dtype  #: of parameters and data
+    rows: range  #: the rows of this rank
+    statistics: Statistics  #: of the data
 
     @property
     def config(self) -> RunConfig:

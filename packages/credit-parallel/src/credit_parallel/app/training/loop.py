@@ -54,17 +54,11 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended.
+    """How a training ended."""
 
-    Attributes:
-        step: Steps that were taken in all.
-        finished: Whether those are all that were wanted; if not, the same command goes on.
-        checkpoint: The last checkpoint.
-    """
-
-    step: int
-    finished: bool
-    checkpoint: Path | None
+    step: int  #: steps that were taken in all
+    finished: bool  #: whether those are all that were wanted; if not, the same command goes on
+    checkpoint: Path | None  #: the last one
 
 
 def train(checked: Checked, device: torch.device, reporter: Reporter | None = None) -> Outcome:
