@@ -219,7 +219,6 @@ class RunConfig:
         """Check a configuration, as YAML has it.
 
         Args:
-            conf: The configuration.
             tell: Whether the log names the keys that are called otherwise now.
 
         Raises:
@@ -234,7 +233,6 @@ class RunConfig:
         """Read a YAML file.
 
         Args:
-            path: The file.
             changes: Values in place of the file's, such as ``trainer.steps=10``; what follows ``=`` is YAML.
             tell: As for :meth:`from_dict`.
 

@@ -26,7 +26,7 @@ _VERTICAL = (
     *("isobaricinhpa", "isobaricinpa", "hybrid", "generalvertical", "heightaboveground", "depthbelowlandlayer"),
 )
 _VERTICAL_STANDARD = ("air_pressure", "model_level_number", "height", "altitude", "depth")
-_PRESSURE = ("hpa", "pa", "mbar", "mb", "millibar", "millibars", "pascal", "pascals")
+PRESSURE_UNITS = ("hpa", "pa", "mbar", "mb", "millibar", "millibars", "pascal", "pascals")
 _TIME = ("valid_time", "time")
 _CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
 
@@ -47,11 +47,7 @@ class Field:
 
 
 def fields_of(ds: Dataset, name: str, variables: Sequence[str], levels: Sequence[float]) -> tuple[Field, ...]:
-    """The fields of a file, in the order in which :class:`credit_parallel.app.data.files.FileSource` is asked for them.
-
-    Raises:
-        ValueError: If one is missing or has dims that nobody knows, or they are on different grids.
-    """
+    """The fields of a file that are asked for; a ValueError says which are missing or cannot be read together."""
     for what, items in (("variables", variables), ("levels", levels)):
         if len(set(items)) < len(items):
             raise ValueError(f"{name}: {what} must be named once each; got {some(items)}")
@@ -86,11 +82,7 @@ def fields_of(ds: Dataset, name: str, variables: Sequence[str], levels: Sequence
 
 
 def grid_of(ds: Dataset, name: str, field: Field) -> Grid:
-    """The grid of a field.
-
-    Raises:
-        ValueError: If latitudes are not degrees in order.
-    """
+    """The grid of a field; a ValueError refuses latitudes that are not degrees in order."""
     latitudes, longitudes = (
         torch.from_numpy(np.array(_values_along(ds, dim, is_coordinate), dtype=np.float64))
         for dim, is_coordinate in ((field.latitude, _is_latitude), (field.longitude, _is_longitude))
@@ -108,11 +100,7 @@ def grid_of(ds: Dataset, name: str, field: Field) -> Grid:
 
 
 def time_axis_of(ds: Dataset, name: str, field: Field) -> TimeAxis:
-    """The times of a file, along the time dim of a field.
-
-    Raises:
-        ValueError: If they do not increase, or belong to a calendar of another kind than the real one.
-    """
+    """The times of a file, along the time dim of a field; a ValueError refuses other calendars than the real one."""
     values = _time_values(ds, field.time)
     if values is None:
         assert field.time is not None
@@ -252,7 +240,7 @@ def _is_vertical(ds: Dataset, dim: str) -> bool:
         or _text(c, "axis") == "z"
         or "positive" in c.attrs
         or _text(c, "standard_name") in _VERTICAL_STANDARD
-        or _text(c, "units") in _PRESSURE
+        or _text(c, "units") in PRESSURE_UNITS
     )
 
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from credit_parallel.app.data.dims import PRESSURE_UNITS
 from credit_parallel.app.data.source import Channel, Grid
-
-PRESSURE_UNITS = ("hpa", "pa", "mb", "mbar", "millibar", "millibars", "pascal", "pascals")
 
 
 class Coordinate(NamedTuple):
@@ -59,11 +58,7 @@ def contents_of(
 ) -> Contents:
     """Arrange channels as variables, those of one name along a level, and times as CF has them.
 
-    The arguments are those of :class:`credit_parallel.app.forecast.writer.ForecastWriter`.
-
-    Raises:
-        ValueError: If there are no channels, starts or leads, two of them are equal, or a variable has both a level and
-            none, or the name of a coordinate; or ``valid`` is not of all starts and leads, or of labels.
+    The arguments, and the errors, are those of :class:`credit_parallel.app.forecast.writer.ForecastWriter`.
     """
     for what, values in (("channels", [c.label for c in channels]), ("starts", starts), ("leads", leads)):
         if not len(values) or len(set(values)) < len(values):

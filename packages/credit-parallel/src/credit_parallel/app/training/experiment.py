@@ -46,9 +46,9 @@ STATISTICS = "statistics.json"
 class Checked:
     """What a configuration comes to, found without any other rank."""
 
-    config: RunConfig
-    layout: RankLayout
-    source: Source
+    config: RunConfig  #: the configuration
+    layout: RankLayout  #: how the ranks are arranged
+    source: Source  #: the data
     lead_steps: int  #: times of the data from input to target
     train: tuple[int, ...]  #: the times to train on
     valid: tuple[int, ...]  #: the times to validate on
@@ -76,7 +76,6 @@ def check(
     Opens the data (and reads no fields), builds the model, and works out who gets which rows.
 
     Args:
-        config: The configuration.
         world_size: How many ranks there will be.
         training: Whether there must be samples to train on.
         make: What makes the model. None takes the configuration's word for it, which must be the user's then.
@@ -204,8 +203,6 @@ def prepare(checked: Checked, device: torch.device, statistics: Statistics | Non
     """Put the model on the ranks, give each its rows, and find the statistics.
 
     Args:
-        checked: What the configuration came to.
-        device: Of this rank.
         statistics: Of the data. None takes those in the folder of the run, or works them out and keeps them there.
 
     Raises:
@@ -252,13 +249,8 @@ def compile_blocks(model: nn.Module, conf: Conf) -> None:
 def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> Statistics:
     """The statistics of the training data: those in the folder of the run, or worked out now and kept there.
 
-    Where they are worked out, all training and validation data are read once, and missing values refused.
-
-    Raises:
-        ValueError: On all ranks alike, as :func:`credit_parallel.app.data.statistics.compute_statistics`.
-
-    Collectives:
-        A broadcast; where they are worked out, those of ``compute_statistics``.
+    Where they are worked out, all training and validation data are read once, and missing values refused. Collectives:
+    a broadcast; where they are worked out, those of ``compute_statistics``.
     """
     path = Path(checked.config.folder) / STATISTICS
     of = _identity(checked)

@@ -67,8 +67,6 @@ def train(checked: Checked, device: torch.device, reporter: Reporter | None = No
     On SIGTERM or Ctrl-C of any rank all ranks finish their step, save, and return.
 
     Args:
-        checked: What the configuration came to.
-        device: Of this rank.
         reporter: What shows the progress; called on the first rank alone.
 
     Raises:
