@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetPydanticSchema,
-    TypeAdapter,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetPydanticSchema, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from credit_mesh import ParallelismConfig
@@ -227,7 +219,6 @@ class RunConfig:
         """Check a configuration, as YAML has it.
 
         Args:
-            conf: The configuration.
             tell: Whether the log names the keys that are called otherwise now.
 
         Raises:
@@ -242,7 +233,6 @@ class RunConfig:
         """Read a YAML file.
 
         Args:
-            path: The file.
             changes: Values in place of the file's, such as ``trainer.steps=10``; what follows ``=`` is YAML.
             tell: As for :meth:`from_dict`.
 

@@ -34,10 +34,8 @@ class ConfigError(ValueError):
 def one_line_each(block: type, path: str, given: Any) -> Iterator[None]:
     """Turn the errors of pydantic into a :class:`ConfigError`.
 
-    Args:
-        block: The class that is checked. The titles in its JSON schema say what is expected.
-        path: Its key within the whole configuration.
-        given: What is checked.
+    The titles in the JSON schema of ``block``, the class that is checked, say what is expected; ``path`` is its key
+    within the whole configuration.
     """
     try:
         yield

@@ -61,8 +61,7 @@ Options = Annotated[
     Field(title="a block of keys and values"),
 ]
 Lead = Annotated[
-    Annotated[int, Strict(), Ge(1)] | Word,
-    Field(title="a number of steps of the file, 1 or more, or text such as 6h"),
+    Annotated[int, Strict(), Ge(1)] | Word, Field(title="a number of steps of the file, 1 or more, or text such as 6h")
 ]
 _Fraction = Annotated[float | None, Strict(), Ge(0), Le(1)]
 _Moment = Annotated[str | None, Strict()]

@@ -45,8 +45,6 @@ def build_model(
 
     Args:
         config: Its name and options.
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
         height: Rows of the whole grid.
         width: Columns of the grid.
         periodic: Whether the column after the last one is the first one; an option of this name overrules it.

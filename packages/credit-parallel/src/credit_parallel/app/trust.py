@@ -50,7 +50,6 @@ def restricted(
     """A configuration out of a checkpoint, as far as it may be followed, and what makes its model.
 
     Args:
-        config: The configuration.
         origin: The checkpoint, for messages.
         model: The model that the user names, in place of the checkpoint's; a function is allowed then, and the working
             directory is searched too.

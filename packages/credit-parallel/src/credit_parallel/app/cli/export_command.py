@@ -33,12 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file; returns the exit status.
-
-    Raises:
-        ValueError: If there is no checkpoint, or the format cannot hold its model.
-        CheckpointError: If the checkpoint is damaged.
-    """
+    """Write the file; returns the exit status."""
     from credit_parallel.app.training.loop import CHECKPOINTS
     from credit_parallel.checkpoint import export_plain
 

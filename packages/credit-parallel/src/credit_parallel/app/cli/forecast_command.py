@@ -63,11 +63,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("folder", metavar="RUN", help="the folder of a training, or one checkpoint in it")
     parser.add_argument("--steps", type=int, metavar="N", help="leads to forecast (default: as in the training's loss)")
     parser.add_argument(
-        "--start",
-        nargs="+",
-        default=[],
-        metavar="TIME",
-        help="times to start from (default: those to validate on)",
+        "--start", nargs="+", default=[], metavar="TIME", help="times to start from (default: those to validate on)"
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth of the starts")
     parser.add_argument("--data", metavar="SOURCE", help="data to start from, in place of those of the training")
@@ -269,12 +265,7 @@ def _forecast(
             options = {"compression": args.compression, "overwrite": args.overwrite, "attributes": attributes}
             writer = stack.enter_context(open_writer(experiment, args.out, starts, steps, **options))
         found = run_forecast(
-            experiment,
-            starts,
-            steps,
-            writer=writer,
-            seen=keep,
-            progress=lambda done: bar.update(done - bar.n) and None,
+            experiment, starts, steps, writer=writer, seen=keep, progress=lambda done: bar.update(done - bar.n) and None
         )
     if picture is not None:
         with together("--plot"):

@@ -26,17 +26,11 @@ USERS_MISTAKE = 2
 
 
 class Ended(NamedTuple):
-    """The rank that failed first.
-
-    Attributes:
-        rank: Its number.
-        status: Its exit status, of the kind that ``subprocess`` gives: negative for a signal.
-        early: Whether it ended with 0 before the ranks had finished together.
-    """
+    """The rank that failed first."""
 
     rank: int
-    status: int
-    early: bool = False
+    status: int  #: as ``subprocess`` gives it: negative for a signal
+    early: bool = False  #: whether it ended with 0 before the ranks had finished together
 
     def __str__(self) -> str:
         """Return what happened, in one line."""
@@ -62,14 +56,7 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
 
     The first rank writes to this terminal; what the others write is shown if they fail. SIGTERM and Ctrl-C are passed
     on. When a rank fails, is killed, or ends before the ranks have finished together, that is told in a line, and the
-    others are ended.
-
-    Args:
-        arguments: Those of the command line.
-        ranks: How many processes.
-
-    Returns:
-        The exit status of the first rank that failed; 0 if none did.
+    others are ended. Returns the exit status of the first rank that failed; 0 if none did.
     """
     return start_and_watch([sys.executable, *_program(), *arguments], ranks)
 
@@ -143,10 +130,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], meeting: Path) -> Ended 
             break
         time.sleep(0.05)
     if failed is not None and failed.status == USERS_MISTAKE:
-        # All ranks may have found the same mistake, which the first rank tells.
-        deadline = time.monotonic() + ALIKE
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _wait_for_all(processes, ALIKE)  # all ranks may have found the same mistake, which the first rank tells
         if processes[0].returncode == USERS_MISTAKE:
             failed = Ended(0, USERS_MISTAKE)
     return failed
@@ -165,12 +149,16 @@ def _failed(statuses: Sequence[int | None], meeting: Path) -> Ended | None:
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End the ranks that still run: ask them, and kill those that do not end."""
     _signal(processes, signal.SIGTERM)
-    deadline = time.monotonic() + PATIENCE
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    _wait_for_all(processes, PATIENCE)
     _signal(processes, signal.SIGKILL)
     for process in processes:
         process.wait()
+
+
+def _wait_for_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _tell(failed: Ended, ranks: int, output: IO[bytes] | None) -> None:

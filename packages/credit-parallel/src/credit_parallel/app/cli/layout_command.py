@@ -41,11 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the layout, and draw it; returns the exit status.
-
-    Raises:
-        ValueError: If degrees do not divide the world, rows do not suffice, or there is nothing to draw them with.
-    """
+    """Print the layout, and draw it; returns the exit status."""
     layout = ParallelismConfig("none", args.tensor, args.domain).layout(args.world)
     partition = None if args.height is None else RowPartition.even(args.height, args.domain, args.granularity)
     if args.rank is not None:

@@ -60,11 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; returns the exit status: 1 if no layout fits.
-
-    Raises:
-        ValueError: If arguments or the configuration are wrong, or the model cannot be made or run.
-    """
+    """Print the plan; returns the exit status: 1 if no layout fits."""
     plans = _of_config(args) if args.config else _of_model(args)
     if args.json:
         print(json.dumps(plans.to_dict()))

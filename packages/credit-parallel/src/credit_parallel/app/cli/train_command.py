@@ -57,11 +57,7 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", required=True, metavar="FILE", help="the configuration, in YAML")
     parser.add_argument("--folder", metavar="DIR", help="the folder of the run, in place of the configuration's")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a value in place of the file's: trainer.lr=0.1",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a value in place of the file's: trainer.lr=0.1"
     )
 
 

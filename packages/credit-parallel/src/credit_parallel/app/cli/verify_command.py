@@ -59,11 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a report for each number of ranks; returns the exit status.
-
-    Raises:
-        ValueError: If arguments are wrong, or the model cannot be made, or run on one rank.
-    """
+    """Print a report for each number of ranks; returns the exit status."""
     shapes = [_shape(text) for text in args.shape]
     if min(args.ranks) < 1:
         raise ValueError(f"--ranks must be 1 or more; got {min(args.ranks)}")

@@ -12,17 +12,11 @@ from credit_parallel.app.data.dims import Field, Variable
 
 @dataclass(frozen=True)
 class Stored:
-    """How a file stores a variable.
+    """How a file stores a variable."""
 
-    Attributes:
-        sizes: Size of each dim.
-        chunks: Size of a chunk along each dim; 1 along all where any values can be read by themselves.
-        itemsize: Bytes of a value, as stored.
-    """
-
-    sizes: Mapping[str, int]
-    chunks: Mapping[str, int]
-    itemsize: int
+    sizes: Mapping[str, int]  #: size of each dim
+    chunks: Mapping[str, int]  #: size of a chunk along each dim; 1 along all where any values can be read by themselves
+    itemsize: int  #: bytes of a value, as stored
 
 
 def stored_as(array: Variable, field: Field) -> Stored:

@@ -26,42 +26,28 @@ _VERTICAL = (
     *("isobaricinhpa", "isobaricinpa", "hybrid", "generalvertical", "heightaboveground", "depthbelowlandlayer"),
 )
 _VERTICAL_STANDARD = ("air_pressure", "model_level_number", "height", "altitude", "depth")
-_PRESSURE = ("hpa", "pa", "mbar", "mb", "millibar", "millibars", "pascal", "pascals")
+PRESSURE_UNITS = ("hpa", "pa", "mbar", "mb", "millibar", "millibars", "pascal", "pascals")
 _TIME = ("valid_time", "time")
 _CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
 
 
 @dataclass(frozen=True)
 class Field:
-    """A variable of a file, and the channels that it becomes.
+    """A variable of a file, and the channels that it becomes."""
 
-    Attributes:
-        name: Of the variable.
-        dims: Its dims that matter, as the file orders them; the others have one element.
-        latitude: Name of its dim of latitude.
-        longitude: Of longitude.
-        time: Of time; None where each file is one time.
-        vertical: Of the vertical; None for none.
-        levels: Indices of the levels that are wanted, in the order of the channels; one 0 where there is no vertical.
-        channels: A channel for each.
-    """
-
-    name: str
-    dims: tuple[str, ...]
-    latitude: str
-    longitude: str
-    time: str | None
-    vertical: str | None
+    name: str  #: of the variable
+    dims: tuple[str, ...]  #: its dims that matter, as the file orders them; the others have one element
+    latitude: str  #: name of its dim of latitude
+    longitude: str  #: of longitude
+    time: str | None  #: of time; None where each file is one time
+    vertical: str | None  #: of the vertical; None for none
+    #: Indices of the levels that are wanted, in the order of the channels; one 0 where there is no vertical.
     levels: tuple[int, ...]
-    channels: tuple[Channel, ...]
+    channels: tuple[Channel, ...]  #: a channel for each
 
 
 def fields_of(ds: Dataset, name: str, variables: Sequence[str], levels: Sequence[float]) -> tuple[Field, ...]:
-    """The fields of a file, in the order in which :class:`credit_parallel.app.data.files.FileSource` is asked for them.
-
-    Raises:
-        ValueError: If one is missing or has dims that nobody knows, or they are on different grids.
-    """
+    """The fields of a file that are asked for; a ValueError says which are missing or cannot be read together."""
     for what, items in (("variables", variables), ("levels", levels)):
         if len(set(items)) < len(items):
             raise ValueError(f"{name}: {what} must be named once each; got {some(items)}")
@@ -96,11 +82,7 @@ def fields_of(ds: Dataset, name: str, variables: Sequence[str], levels: Sequence
 
 
 def grid_of(ds: Dataset, name: str, field: Field) -> Grid:
-    """The grid of a field.
-
-    Raises:
-        ValueError: If latitudes are not degrees in order.
-    """
+    """The grid of a field; a ValueError refuses latitudes that are not degrees in order."""
     latitudes, longitudes = (
         torch.from_numpy(np.array(_values_along(ds, dim, is_coordinate), dtype=np.float64))
         for dim, is_coordinate in ((field.latitude, _is_latitude), (field.longitude, _is_longitude))
@@ -118,11 +100,7 @@ def grid_of(ds: Dataset, name: str, field: Field) -> Grid:
 
 
 def time_axis_of(ds: Dataset, name: str, field: Field) -> TimeAxis:
-    """The times of a file, along the time dim of a field.
-
-    Raises:
-        ValueError: If they do not increase, or belong to a calendar of another kind than the real one.
-    """
+    """The times of a file, along the time dim of a field; a ValueError refuses other calendars than the real one."""
     values = _time_values(ds, field.time)
     if values is None:
         assert field.time is not None
@@ -262,7 +240,7 @@ def _is_vertical(ds: Dataset, dim: str) -> bool:
         or _text(c, "axis") == "z"
         or "positive" in c.attrs
         or _text(c, "standard_name") in _VERTICAL_STANDARD
-        or _text(c, "units") in _PRESSURE
+        or _text(c, "units") in PRESSURE_UNITS
     )
 
 

@@ -11,10 +11,7 @@ from torch import Tensor
 from credit_parallel.app.data.checks import closest
 from credit_parallel.app.data.source import Grid
 
-_LABELS = {
-    "solar": ("cos_zenith", "cos_zenith_ahead"),
-    "position": ("position_x", "position_y", "position_z"),
-}
+_LABELS = {"solar": ("cos_zenith", "cos_zenith_ahead"), "position": ("position_x", "position_y", "position_z")}
 
 
 class Forcings:

@@ -17,19 +17,13 @@ _ROUNDING = 60.0
 
 @dataclass(frozen=True)
 class MonthStep:
-    """A constant number of months between times.
+    """A constant number of months between times."""
 
-    Attributes:
-        months: From one time to the next: 1, 3 for seasons, 12 for years.
-        place: Where in its month a time is: ``start`` or ``end`` (so long after the start or the end of the month),
-            ``middle`` (of the span of so many months around it), ``day`` (a day of the
-            month, or the last one of a shorter month).
-        offset: Seconds from there.
-    """
-
-    months: int
+    months: int  #: from one time to the next: 1, 3 for seasons, 12 for years
+    #: Where in its month a time is: ``start`` or ``end`` (so long after the start or the end of the month), ``middle``
+    #: (of the span of so many months around it), ``day`` (a day of the month, or the last one of a shorter month).
     place: str
-    offset: float
+    offset: float  #: seconds from there
 
     def ahead(self, seconds: float, steps: int) -> float:
         """Seconds from a time, since 1970-01-01, to that so many steps later (or earlier, below 0) on the calendar."""

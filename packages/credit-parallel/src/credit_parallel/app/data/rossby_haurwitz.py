@@ -30,18 +30,13 @@ _START = 946684800  # 2000-01-01, in seconds since 1970
 
 @dataclass(frozen=True)
 class Wave:
-    """One solution: solid-body rotation, and on it a pattern of spherical harmonics of one degree.
+    """One solution: solid-body rotation, and on it a pattern of spherical harmonics of one degree."""
 
-    Attributes:
-        rotation: Angular speed of the solid-body rotation relative to the earth, in s-1.
-        cosine: Coefficients of the orders 0 to n of the pattern's streamfunction, in m2 s-1, that multiply cos(m lon);
-            harmonics are orthonormal over the sphere. The degree n is one less than their number.
-        sine: Those that multiply sin(m lon); that of order 0 says nothing.
-    """
-
-    rotation: float
+    rotation: float  #: angular speed of the solid-body rotation relative to the earth, in s-1
+    #: Coefficients of the orders 0 to n of the pattern's streamfunction, in m2 s-1, that multiply cos(m lon); harmonics
+    #: are orthonormal over the sphere. The degree n is one less than their number.
     cosine: tuple[float, ...]
-    sine: tuple[float, ...]
+    sine: tuple[float, ...]  #: those that multiply sin(m lon); that of order 0 says nothing
 
     @property
     def degree(self) -> int:

@@ -11,21 +11,13 @@ from torch import Tensor
 
 
 class Channel(NamedTuple):
-    """One field of a sample.
+    """One field of a sample."""
 
-    Attributes:
-        name: Name of the variable.
-        level: Value of its vertical coordinate; None for a field without one.
-        units: As the file has them; of the values that a source returns.
-        level_units: Those of ``level``.
-        long_name: For titles.
-    """
-
-    name: str
-    level: float | None = None
-    units: str = ""
-    level_units: str = ""
-    long_name: str = ""
+    name: str  #: name of the variable
+    level: float | None = None  #: value of its vertical coordinate; None for a field without one
+    units: str = ""  #: as the file has them; of the values that a source returns
+    level_units: str = ""  #: those of ``level``
+    long_name: str = ""  #: for titles
 
     @property
     def label(self) -> str:
@@ -35,15 +27,10 @@ class Channel(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Latitudes and longitudes, in the order of the rows and columns of the fields.
+    """Latitudes and longitudes, in the order of the rows and columns of the fields."""
 
-    Attributes:
-        latitudes: Degrees north, of shape (H,), float64.
-        longitudes: Degrees east, of shape (W,), float64.
-    """
-
-    latitudes: Tensor
-    longitudes: Tensor
+    latitudes: Tensor  #: degrees north, of shape (H,), float64
+    longitudes: Tensor  #: degrees east, of shape (W,), float64
 
     @property
     def height(self) -> int:
@@ -65,15 +52,10 @@ class Grid:
 
 
 class Cost(NamedTuple):
-    """What reading takes, in bytes of values that are not compressed.
+    """What reading takes, in bytes of values that are not compressed."""
 
-    Attributes:
-        needed: Of the rows that were asked for.
-        read: Of the chunks of the file that hold them, which are read whole.
-    """
-
-    needed: int
-    read: int
+    needed: int  #: of the rows that were asked for
+    read: int  #: of the chunks of the file that hold them, which are read whole
 
     def __add__(self, other: object) -> Cost:
         """Of both."""
@@ -83,25 +65,19 @@ class Cost(NamedTuple):
 class Source(Protocol):
     """Fields over time, of which any rows can be read.
 
-    Attributes:
-        name: What errors and titles call it.
-        channels: The fields, in the order of the channels that :meth:`read` returns.
-        grid: Where they are.
-        labels: A name for each time, such as ``2019-03-01T06:00``.
-        seconds: Seconds since 1970-01-01 of each time; None where times are none (months of a climatology).
-        segments: Ranges of times that follow one another in equal steps; samples do not cross from one to the next.
-        step: Seconds between times; None where ``seconds`` is, for a single time, and for times on the calendar.
-
     Times that follow one another on the calendar, such as months, have an attribute ``calendar`` besides, a
     :class:`credit_parallel.app.data.months.MonthStep`; a source without one has none.
     """
 
-    name: str
-    channels: tuple[Channel, ...]
-    grid: Grid
-    labels: Sequence[str]
+    name: str  #: what errors and titles call it
+    channels: tuple[Channel, ...]  #: the fields, in the order of the channels that :meth:`read` returns
+    grid: Grid  #: where they are
+    labels: Sequence[str]  #: a name for each time, such as ``2019-03-01T06:00``
+    #: Seconds since 1970-01-01 of each time; None where times are none (months of a climatology).
     seconds: Sequence[float] | None
+    #: Ranges of times that follow one another in equal steps; samples do not cross from one to the next.
     segments: Sequence[range]
+    #: Seconds between times; None where ``seconds`` is, for a single time, and for times on the calendar.
     step: float | None
 
     def read(self, times: Sequence[int], rows: range) -> Tensor:

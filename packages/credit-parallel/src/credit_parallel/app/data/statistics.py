@@ -25,17 +25,11 @@ _BLOCK = 32 * 2**20  # bytes of fields that are read at once, if two times are n
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Statistics of each channel, in the units of the data.
+    """Statistics of each channel, in the units of the data."""
 
-    Attributes:
-        mean: Of shape (C,), float64.
-        std: Standard deviation, of shape (C,), float64.
-        increment: Root mean square of the change over one lead, of shape (C,), float64.
-    """
-
-    mean: Tensor
-    std: Tensor
-    increment: Tensor
+    mean: Tensor  #: of shape (C,), float64
+    std: Tensor  #: standard deviation, of shape (C,), float64
+    increment: Tensor  #: root mean square of the change over one lead, of shape (C,), float64
 
     def normalise(self, x: Tensor) -> Tensor:
         """Fields of shape (..., C, H, W) less the mean, in units of the standard deviation; same dtype and device.

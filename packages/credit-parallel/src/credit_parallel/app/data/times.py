@@ -23,15 +23,7 @@ _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """What a :class:`~credit_parallel.app.data.source.Source` says of its times; see there.
-
-    Attributes:
-        labels: A name for each.
-        seconds: Since 1970-01-01; None where they are none.
-        segments: Ranges that follow one another in equal steps.
-        step: Seconds between times; None for a single one, and where they follow one another on the calendar.
-        calendar: The months between times that follow one another on the calendar; None for others.
-    """
+    """What a :class:`~credit_parallel.app.data.source.Source` says of its times; see there."""
 
     labels: tuple[str, ...]
     seconds: tuple[float, ...] | None

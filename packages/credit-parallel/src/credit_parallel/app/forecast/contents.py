@@ -8,56 +8,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from credit_parallel.app.data.dims import PRESSURE_UNITS
 from credit_parallel.app.data.source import Channel, Grid
-
-PRESSURE_UNITS = ("hpa", "pa", "mb", "mbar", "millibar", "millibars", "pascal", "pascals")
 
 
 class Coordinate(NamedTuple):
-    """A coordinate variable.
-
-    Attributes:
-        name: Its name.
-        dims: Its dimensions; its own name for a coordinate of a dimension.
-        values: int64, float64 or text.
-        attributes: By the CF conventions.
-    """
+    """A coordinate variable."""
 
     name: str
-    dims: tuple[str, ...]
-    values: Any
-    attributes: dict[str, Any]
+    dims: tuple[str, ...]  #: its own name for a coordinate of a dimension
+    values: Any  #: int64, float64 or text
+    attributes: dict[str, Any]  #: by the CF conventions
 
 
 class Variable(NamedTuple):
-    """A float32 variable with the channels of one name.
-
-    Attributes:
-        name: Its name.
-        dims: Start, lead, a level where there are levels, latitude, longitude.
-        channels: Its channels, in the order of its levels.
-        attributes: By the CF conventions.
-    """
+    """A float32 variable with the channels of one name."""
 
     name: str
-    dims: tuple[str, ...]
-    channels: tuple[int, ...]
-    attributes: dict[str, Any]
+    dims: tuple[str, ...]  #: start, lead, a level where there are levels, latitude, longitude
+    channels: tuple[int, ...]  #: in the order of its levels
+    attributes: dict[str, Any]  #: by the CF conventions
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All of a file.
-
-    Attributes:
-        coordinates: Its coordinates.
-        variables: Its variables.
-        attributes: Those of the file itself.
-    """
+    """All of a file."""
 
     coordinates: tuple[Coordinate, ...]
     variables: tuple[Variable, ...]
-    attributes: dict[str, str]
+    attributes: dict[str, str]  #: of the file itself
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -79,11 +58,7 @@ def contents_of(
 ) -> Contents:
     """Arrange channels as variables, those of one name along a level, and times as CF has them.
 
-    The arguments are those of :class:`credit_parallel.app.forecast.writer.ForecastWriter`.
-
-    Raises:
-        ValueError: If there are no channels, starts or leads, two of them are equal, or a variable has both a level and
-            none, or the name of a coordinate; or ``valid`` is not of all starts and leads, or of labels.
+    The arguments, and the errors, are those of :class:`credit_parallel.app.forecast.writer.ForecastWriter`.
     """
     for what, values in (("channels", [c.label for c in channels]), ("starts", starts), ("leads", leads)):
         if not len(values) or len(set(values)) < len(values):

@@ -40,7 +40,6 @@ def run_forecast(
     start is computed at a time, so that numbers do not depend on how many replicas there are.
 
     Args:
-        experiment: The model on its ranks, the data, and the statistics.
         starts: Indices of the times of the data to start from; the same on every rank.
         steps: Steps of the model, one lead each.
         writer: Gets the fields in the units of the data; made for the same starts and steps, as by
@@ -50,10 +49,10 @@ def run_forecast(
         progress: Called with the number of starts that all replicas together have done.
 
     Returns:
-        A dict that is the same on every rank, of ``starts`` (labels), ``lead_seconds`` (None where times are none,
-        or follow one another on the calendar),
-        ``scored`` (how many starts were scored, for each lead), and ``rmse``, ``bias``, ``acc`` and the same of
-        persistence (``persistence_rmse``, ...), by channel, a list over leads, with None where no truth is there.
+        A dict that is the same on every rank, of ``starts`` (labels), ``lead_seconds`` (None where times are none, or
+        follow one another on the calendar), ``scored`` (how many starts were scored, for each lead), and ``rmse``,
+        ``bias``, ``acc`` and the same of persistence (``persistence_rmse``, ...), by channel, a list over leads, with
+        None where no truth is there.
 
     Raises:
         ValueError: On all ranks alike: if a start is none of the data's, or has no history; values are missing, or

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,31 +22,10 @@ Block = tuple[str, tuple[Any, ...], Any]
 
 
 class Turns(NamedTuple):
-    """When a rank may write.
+    """When a rank may write, so that no two ever write where they would undo each other's work."""
 
-    Attributes:
-        mine: Its turn.
-        turns: How many there are.
-    """
-
-    mine: int
-    turns: int
-
-
-class Store(Protocol):
-    """A file, or a folder of files."""
-
-    def turns(self, layout: RankLayout, at: Coords) -> Turns:
-        """When a rank may write, so that no two ever write where they would undo each other's work."""
-        ...
-
-    def create(self, path: Path, contents: Contents, partition: RowPartition, compression: int) -> None:
-        """Make the file, with all but the values of its variables."""
-        ...
-
-    def write(self, path: Path, blocks: Iterable[Block]) -> None:
-        """Write values."""
-        ...
+    mine: int  #: its turn
+    turns: int  #: how many there are
 
 
 class NetCDFStore:
@@ -133,6 +112,10 @@ class ZarrStore:
                 group[name][where] = values
 
 
+Store: TypeAlias = NetCDFStore | ZarrStore
+"""A file, or a folder of files."""
+
+
 def chunks(shape: tuple[int, ...], partition: RowPartition) -> tuple[int, ...]:
     """The chunks of a variable: one start and lead, all levels and longitudes, and as many rows as the smallest shard.
 
@@ -143,11 +126,7 @@ def chunks(shape: tuple[int, ...], partition: RowPartition) -> tuple[int, ...]:
 
 
 def store_of(path: Path) -> Store:
-    """The store that a name asks for.
-
-    Raises:
-        ValueError: If it ends in neither ``.nc`` nor ``.zarr``, or what writes it is not installed.
-    """
+    """The store that a name asks for, by its suffix; a ValueError says if what writes it is not installed."""
     if path.suffix == ".nc":
         return NetCDFStore()
     if path.suffix == ".zarr":
@@ -156,11 +135,7 @@ def store_of(path: Path) -> Store:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Make sure that a forecast can have a name.
-
-    Raises:
-        ValueError: As :func:`store_of`; if there is something with this name, and ``overwrite`` is not set.
-    """
+    """Make sure that a forecast can have a name: of a known kind, and free unless ``overwrite`` is set."""
     store_of(path)
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already; choose another name, or have it overwritten")

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -131,10 +130,8 @@ class ForecastWriter:
     def write(self, start: int, lead: int, fields: Tensor) -> None:
         """Take the fields of a forecast, to be written at the next :meth:`flush`, which also says what is wrong.
 
-        Args:
-            start: Index of the initial time.
-            lead: Index of the lead.
-            fields: This rank's rows, of shape (C, rows, W), in the units of the channels. They are copied.
+        They are those of an initial time and a lead, by their indices: this rank's rows, of shape (C, rows, W), in the
+        units of the channels. They are copied.
         """
         if self._at.tp == 0:
             self._held.append((start, lead, fields.detach().to("cpu", torch.float32, copy=True)))
@@ -164,10 +161,7 @@ class ForecastWriter:
 
     @naming_missing_ranks("writing a forecast")
     def close(self) -> Path:
-        """Write what is left, and give the file its name; every rank must call it.
-
-        Returns:
-            The path.
+        """Write what is left, give the file its name, and return it; every rank must call it.
 
         Raises:
             ValueError: On all ranks alike: as :meth:`flush`, and if fields are missing, or written by two replicas.
@@ -230,8 +224,7 @@ class ForecastWriter:
             for variable in self._contents.variables:
                 channels = list(variable.channels)
                 if len(variable.dims) == 5:
-                    where: tuple[Any, ...] = (start, lead, slice(None), rows, slice(None))
-                    blocks.append((variable.name, where, values[channels]))
+                    blocks.append((variable.name, (start, lead, slice(None), rows, slice(None)), values[channels]))
                 else:
                     blocks.append((variable.name, (start, lead, rows, slice(None)), values[channels[0]]))
         return blocks

@@ -20,30 +20,20 @@ RENDEZVOUS = "CREDIT_PARALLEL_RENDEZVOUS"
 
 
 class Place(NamedTuple):
-    """Where this process is among the ranks that were started, before they have met.
+    """Where this process is among the ranks that were started, before they have met."""
 
-    Attributes:
-        rank: Of all ranks.
-        world_size: How many there are.
-        local_rank: Of those on this machine.
-        local_size: How many those are.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    rank: int = 0  #: of all ranks
+    world_size: int = 1  #: how many there are
+    local_rank: int = 0  #: of those on this machine
+    local_size: int = 1  #: how many those are
 
 
 def place() -> Place:
     """What the environment says, as torchrun and the launcher of this package set it."""
     if "WORLD_SIZE" not in os.environ:
         return Place()
-    number = {key: int(os.environ.get(key, default)) for key, default in _DEFAULTS.items()}
-    return Place(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], number["LOCAL_WORLD_SIZE"])
-
-
-_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 def device_named(name: str, local_rank: int = 0) -> torch.device:
@@ -76,12 +66,8 @@ def _mark(meeting: Path, rank: int) -> Path:
 def joined(device: torch.device, timeout: float | None = None) -> Iterator[Place]:
     """Ranks that were started together, as a torch.distributed world; a single rank goes without.
 
-    The backend is NCCL on GPUs (gloo beside it for what lies in CPU memory), and gloo on CPUs.
-
-    Args:
-        device: Of this rank.
-        timeout: Seconds that ranks wait for each other, when they meet and in the world's group; None takes torch's
-            default.
+    The backend is NCCL on GPUs (gloo beside it for what lies in CPU memory), and gloo on CPUs. Ranks wait ``timeout``
+    seconds for each other, when they meet and in the world's group; None takes torch's default.
     """
     at = place()
     if device.type == "cuda":

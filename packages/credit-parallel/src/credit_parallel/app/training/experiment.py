@@ -44,29 +44,17 @@ STATISTICS = "statistics.json"
 
 @dataclass(frozen=True)
 class Checked:
-    """What a configuration comes to, found without any other rank.
+    """What a configuration comes to, found without any other rank."""
 
-    Attributes:
-        config: The configuration.
-        layout: How the ranks are arranged.
-        source: The data.
-        lead_steps: Times of the data from input to target.
-        train: The times to train on.
-        valid: The times to validate on.
-        partition: How the rows are divided.
-        model: The model, plain, with its first weights.
-        notes: What the user may want to know.
-    """
-
-    config: RunConfig
-    layout: RankLayout
-    source: Source
-    lead_steps: int
-    train: tuple[int, ...]
-    valid: tuple[int, ...]
-    partition: RowPartition
-    model: nn.Module
-    notes: tuple[str, ...] = ()
+    config: RunConfig  #: the configuration
+    layout: RankLayout  #: how the ranks are arranged
+    source: Source  #: the data
+    lead_steps: int  #: times of the data from input to target
+    train: tuple[int, ...]  #: the times to train on
+    valid: tuple[int, ...]  #: the times to validate on
+    partition: RowPartition  #: how the rows are divided
+    model: nn.Module  #: plain, with its first weights
+    notes: tuple[str, ...] = ()  #: what the user may want to know
 
     @property
     def in_channels(self) -> int:
@@ -88,7 +76,6 @@ def check(
     Opens the data (and reads no fields), builds the model, and works out who gets which rows.
 
     Args:
-        config: The configuration.
         world_size: How many ranks there will be.
         training: Whether there must be samples to train on.
         make: What makes the model. None takes the configuration's word for it, which must be the user's then.
@@ -153,23 +140,14 @@ def check(
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a training or a forecast works with, on one rank.
+    """What a training or a forecast works with, on one rank."""
 
-    Attributes:
-        checked: What the configuration came to.
-        context: The model on the mesh.
-        device: Of this rank.
-        dtype: Of parameters and data.
-        rows: The rows of this rank.
-        statistics: Of the data.
-    """
-
-    checked: Checked
-    context: ParallelContext
-    device: torch.device
-    dtype: torch.dtype
-    rows: range
-    statistics: Statistics
+    checked: Checked  #: what the configuration came to
+    context: ParallelContext  #: the model on the mesh
+    device: torch.device  #: of this rank
+    dtype: torch.dtype  #: of parameters and data
+    rows: range  #: the rows of this rank
+    statistics: Statistics  #: of the data
 
     @property
     def config(self) -> RunConfig:
@@ -225,8 +203,6 @@ def prepare(checked: Checked, device: torch.device, statistics: Statistics | Non
     """Put the model on the ranks, give each its rows, and find the statistics.
 
     Args:
-        checked: What the configuration came to.
-        device: Of this rank.
         statistics: Of the data. None takes those in the folder of the run, or works them out and keeps them there.
 
     Raises:
@@ -273,13 +249,8 @@ def compile_blocks(model: nn.Module, conf: Conf) -> None:
 def statistics_of(checked: Checked, context: ParallelContext, rows: range) -> Statistics:
     """The statistics of the training data: those in the folder of the run, or worked out now and kept there.
 
-    Where they are worked out, all training and validation data are read once, and missing values refused.
-
-    Raises:
-        ValueError: On all ranks alike, as :func:`credit_parallel.app.data.statistics.compute_statistics`.
-
-    Collectives:
-        A broadcast; where they are worked out, those of ``compute_statistics``.
+    Where they are worked out, all training and validation data are read once, and missing values refused. Collectives:
+    a broadcast; where they are worked out, those of ``compute_statistics``.
     """
     path = Path(checked.config.folder) / STATISTICS
     of = _identity(checked)

@@ -15,11 +15,9 @@ class MetricsLog:
     """Writes ``metrics.jsonl`` in the folder of a run, on the first rank; the others write nothing.
 
     Args:
-        folder: The folder of the run.
-        first: Whether this is the first rank.
         step: The step that a run goes on from: what was logged of later ones, by a run that ended after its last
             checkpoint, is dropped.
-        tensorboard: Whether to write for TensorBoard too, in the same folder.
+        tensorboard: Whether to write for TensorBoard too.
 
     Raises:
         ValueError: If TensorBoard is wanted and not installed.

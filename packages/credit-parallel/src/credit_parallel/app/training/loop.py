@@ -54,17 +54,11 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended.
+    """How a training ended."""
 
-    Attributes:
-        step: Steps that were taken in all.
-        finished: Whether those are all that were wanted; if not, the same command goes on.
-        checkpoint: The last checkpoint.
-    """
-
-    step: int
-    finished: bool
-    checkpoint: Path | None
+    step: int  #: steps that were taken in all
+    finished: bool  #: whether those are all that were wanted; if not, the same command goes on
+    checkpoint: Path | None  #: the last one
 
 
 def train(checked: Checked, device: torch.device, reporter: Reporter | None = None) -> Outcome:
@@ -73,8 +67,6 @@ def train(checked: Checked, device: torch.device, reporter: Reporter | None = No
     On SIGTERM or Ctrl-C of any rank all ranks finish their step, save, and return.
 
     Args:
-        checked: What the configuration came to.
-        device: Of this rank.
         reporter: What shows the progress; called on the first rank alone.
 
     Raises:

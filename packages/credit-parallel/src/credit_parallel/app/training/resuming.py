@@ -24,12 +24,8 @@ _OPTIONS = ("model.", "data.options.")
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the configuration of a checkpoint and that of the run which goes on from it, in words.
 
-    Args:
-        saved: The configuration of the checkpoint, as ``RunConfig.to_dict`` gives it, of this version or a former one.
-        now: The present one.
-
-    Raises:
-        ValueError: If a key has changed that cannot change within a run.
+    Both are as ``RunConfig.to_dict`` gives them, the saved one perhaps of a former version. A ValueError refuses a
+    change of what cannot change within a run.
     """
     before, here = dict(_leaves(present_keys(saved))), dict(_leaves(now))
     # Keys that only one of both has are of another version, but for options, which are free.

@@ -20,8 +20,6 @@ class LeadScores:
     every rank and every layout; leads that were never updated have none.
 
     Args:
-        channels: The fields.
-        statistics: What normalises them.
         weights: Weight of each row of the whole grid, of shape (H,); None for equal ones.
         leads: How many leads there are.
     """
@@ -40,13 +38,9 @@ class LeadScores:
         ]
 
     def update(self, lead: int, prediction: Tensor, truth: Tensor, start: Tensor) -> None:
-        """Add forecasts for one lead; ranks that share samples do so alike.
+        """Add forecasts for the lead of an index, the truth, and the states that the forecasts began with.
 
-        Args:
-            lead: Index of the lead.
-            prediction: Normalised, of shape (B, C, rows, W), this rank's rows.
-            truth: The same of the truth.
-            start: The same of the states that the forecasts began with.
+        All are normalised, of shape (B, C, rows, W), this rank's rows; ranks that share samples add them alike.
         """
         for name, metric in self._metrics[lead].items():
             metric.update(start if name.startswith("persistence") else prediction, truth)
