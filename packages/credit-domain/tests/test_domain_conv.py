@@ -251,3 +251,12 @@ def test_explicit_partition():
             DF.conv2d(whole[:, :, own], weight, partition=RowPartition((3, 2, 2)), label="wrong")
 
     run_threads(rank_main, 3)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("sizes", [(4, 0, 3), (0, 7), (3, 4, 0)])
+@pytest.mark.parametrize("batch", [True, False])
+def test_ranks_without_rows_pad_columns_too(mode, sizes, batch):
+    conv = nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode).double()
+    whole = randn(*([2] if batch else []), 2, 7, 4)
+    check_layer(conv, DomainParallelConv2d, whole, RowPartition(sizes, allow_empty=True), declare=False)

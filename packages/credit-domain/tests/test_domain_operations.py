@@ -200,3 +200,39 @@ def test_a_record_that_is_written_again_counts(example):
     again = example.row_op(type("Pairs", (example.Pairs,), {"footprint": footprint, "__module__": example.__name__}))
     with pytest.raises(ValueError, match="pairs: another one"):
         driver.step_for(again(), (2, 2), 0, "pairs")
+
+
+def test_columns_are_not_paired(example):
+    model = nn.Sequential(example.PairMean()).double()
+    assert decide(model[0], -1).fate == "local"
+    assert granularity_of(model, -1, input_shape=(1, 1, 4, 7)) == 1
+    assert plan_domain_parallel(model, (1, 1, 4, 7), 2, -1).layers == ()
+
+
+def test_records_that_are_wrong_or_unknown_are_named(example):
+    unknown = type("Unknown", (example.Pairs,), {})
+    with pytest.raises(ValueError, match="pairs: Unknown is no known operation; put @row_op before its class"):
+        driver.step_for(unknown(), (2, 2), 0, "pairs")
+
+    def rank_main(rank):
+        manager = initialize_domain_parallel(2, 2)
+        call = driver.Call(-2, RowPartition((2, 2)), manager, "pairs")
+        with pytest.raises(ValueError, match="pairs: 2 rows came out, where Pairs says 1"):
+            driver.run(example.Pairs(), torch.zeros(1, 1, 2, 2), call, 2, torch.clone, lambda rows, placed: rows)
+
+    run_threads(rank_main, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.ConvTranspose2d(1, 1, 1, dilation=(2, 1), output_padding=(1, 0)), (1, 1, 5, 4)),
+        (nn.ConvTranspose2d(1, 1, 3, stride=2, dilation=3, output_padding=2), (1, 1, 5, 4)),
+        (nn.ZeroPad2d((1, 0, 0, 0)), (1, 1, 5, 4)),
+        (nn.CircularPad2d((0, 0, 1, -1)), (1, 1, 25, 4)),
+    ],
+)
+def test_a_plan_is_that_of_the_layer(module, shape):
+    (layer,) = plan_domain_parallel(module, shape, 2).layers
+    assert layer.target.rows == module(torch.zeros(shape)).shape[-2]
+    assert any(layer.halo) or not layer.messages

@@ -79,12 +79,18 @@ def place(op: RowOp, x: Tensor, call: Call, dim: int, domain: Domain) -> Placed:
 
 
 def step_for(op: RowOp, sizes: tuple[int, ...], rank: int, label: str) -> Step:
-    """This rank's part of an operation; worked out once for the same numbers, and while compiled code is traced."""
+    """This rank's part of an operation; worked out once for the same numbers, and while compiled code is traced.
+
+    Raises:
+        ValueError: If the operation is not known, or cannot work on the rows.
+    """
     return _step_for(type(op).__name__, tuple(op), sizes, rank, label)
 
 
 @constant
 def _step_for(kind: str, numbers: tuple[Any, ...], sizes: tuple[int, ...], rank: int, label: str) -> Step:
+    if kind not in ROW_OPS:
+        raise ValueError(f"{label}: {kind} is no known operation; put @row_op before its class")
     return _cached_step(ROW_OPS[kind], numbers, sizes, rank, label)
 
 
@@ -190,6 +196,9 @@ def run(
     placed = place(op, x, call, dim, domain)
     rows = placed.bring(x)
     out = part(rows, placed) if placed.step.out else without_rows(lambda x: part(x, placed), rows, dim, least)
+    made = out.shape[dim] if isinstance(out, Tensor) else out[0].shape[dim]
+    if made != placed.step.out:
+        raise ValueError(f"{call.label}: {made} rows came out, where {type(op).__name__} says {placed.step.out}")
     return _each(out, lambda x: x.squeeze(0)) if unbatched else out
 
 

@@ -206,6 +206,9 @@ def traffic(footprint: Footprint) -> tuple[int, int, list[int], list[int]]:
         wanted: dict[int, set[int]] = {}
         if isinstance(need, tuple):
             missing = [range(row, row + 1) for row in set(need) if not start <= row < stop]
+            own = [at for at, row in enumerate(need) if start <= row < stop]
+            if own:
+                before, after = max(before, own[0]), max(after, len(need) - 1 - own[-1])
         elif stop > start:
             before, after = max(before, start - need.start), max(after, need.stop - stop)
             missing = [range(need.start, min(need.stop, start)), range(max(need.start, stop), need.stop)]

@@ -69,15 +69,20 @@ def in_our_words(path: str) -> Callable[[Class], Class]:
     return decorate
 
 
+_BLOCK = "a block of keys and values"
+
+
 def _line(schema: Mapping[str, Any], path: str, value: Any, error: Mapping[str, Any]) -> str:
-    keys, title = _keys(schema, schema), "a block of keys and values"
+    keys, title = _keys(schema, schema), _BLOCK
     for key in error["loc"]:
         if not keys:  # what follows is within a value
             break
         value = value.get(key) if isinstance(value, Mapping) else None
         if key not in keys:
             return _unknown(schema, keys, path, key, value)
-        path, title, keys = _joined(path, key), keys[key].get("title", title), _keys(schema, keys[key])
+        entry = keys[key]
+        path, keys = _joined(path, key), _keys(schema, entry)
+        title = entry.get("title", _BLOCK if keys else title)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     came = f"got {value!r}{_as_number(value, title)}" if error["type"] != "missing" or not keys else "it is missing"

@@ -36,9 +36,11 @@ Flag = Annotated[bool, Strict(), Field(title="true or false")]
 Whole = Annotated[int, Strict(), Ge(0), Field(title="a whole number, 0 or more")]
 Count = Annotated[int, Strict(), Ge(1), Field(title="a whole number, 1 or more")]
 CountOrNone = Annotated[int | None, Strict(), Ge(1), Field(title="a whole number, 1 or more")]
-Number = Annotated[float, Strict(), Ge(0), Field(title="a number, 0 or more")]
-Positive = Annotated[float, Strict(), Gt(0), Field(title="a number above 0")]
-PositiveOrNone = Annotated[float | None, Strict(), Gt(0), Field(title="a positive number, or null")]
+Number = Annotated[float, Strict(), Ge(0), Field(title="a number, 0 or more", allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Gt(0), Field(title="a number above 0", allow_inf_nan=False)]
+PositiveOrNone = Annotated[
+    Annotated[float, Field(allow_inf_nan=False)] | None, Strict(), Gt(0), Field(title="a positive number, or null")
+]
 Seconds = Annotated[
     float, Strict(), Gt(0), Le(LONGEST), Field(title=f"a number of seconds above 0, {LONGEST:.0e} at most")
 ]

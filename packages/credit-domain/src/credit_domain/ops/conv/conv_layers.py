@@ -155,7 +155,10 @@ class _ConvTranspose(_Convolution):
         m: Any = module
         values = (m.kernel_size, m.stride, m.padding, m.output_padding, m.dilation)
         kernel, stride, padding, more, dilation = (per_dim(value, cls.spatial)[dim] for value in values)
-        return TransposedConvolution(kernel, stride, padding, more, dilation, -1 if seen is None else seen.output[dim])
+        op = TransposedConvolution(kernel, stride, padding, more, dilation)
+        if seen is None:
+            return op
+        return op._replace(output_padding=seen.output[dim] - op.least_rows(seen.input[dim]))
 
     def _halo(self) -> tuple[int, int]:
         # Output row i reads the rows from (i + padding - reach) / stride to (i + padding) / stride; it is at i//stride.

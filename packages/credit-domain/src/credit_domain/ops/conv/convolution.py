@@ -221,7 +221,7 @@ def conv(
     follow(*placed.step.sizes, domain, label)
     rest = geometry._replace(padding=(*geometry.padding[:at], (0, 0), *geometry.padding[at + 1 :]))
     inside = rest.torchs_padding
-    if inside is None and not placed.step.local:
+    if inside is None and not placed.step.local and 0 not in placed.sizes:  # torch pads no rows; such ranks wait
         x, inside = _padded(x, rest)
     out = None
     if inside is not None:

@@ -42,12 +42,10 @@ class DomainParallelPad(DomainParallelLayer):
         return super().fate(module, shard_dim)
 
     @classmethod
-    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> RowOp | None:
-        """None where it pads no rows; see the base class."""
+    def record(cls, module: nn.Module, dim: int, seen: Seen | None = None) -> RowOp:
+        """See the base class."""
         m: Any = module
         rows = m.padding[-2 - 2 * dim :][:2]
-        if not any(rows):
-            return None
         mode = _mode_of(module)
         value = float(m.value).hex() if mode == "constant" else None
         return Padding(rows[0], rows[1], mode, value, dim, len(m.padding) // 2 + 2, len(m.padding))
