@@ -27,11 +27,7 @@ _KINDS = {
 
 
 def xarray() -> Any:
-    """The module.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
+    """The module; a ValueError says if it is not installed."""
     try:
         import xarray as module
     except ImportError:
@@ -40,15 +36,10 @@ def xarray() -> Any:
 
 
 def open_file(path: str, options: Mapping[str, Any]) -> Dataset:
-    """A file or store as an ``xarray.Dataset`` that has read no fields.
+    """A file, a Zarr store or a URL as an ``xarray.Dataset`` that has read no fields.
 
-    Args:
-        path: A file, a Zarr store, or a URL that xarray understands.
-        options: Those of ``xarray.open_dataset``.
-
-    Raises:
-        ValueError: If it is not there, is of no kind that can be read, needs a package that is missing, or an option is
-            unknown.
+    A ValueError says if it is not there, is of no kind that can be read, needs a package that is missing, or an option
+    of ``xarray.open_dataset`` is unknown.
     """
     if "chunks" in options:
         raise ValueError("data.options.chunks: files are read piece by piece without dask; leave it out")
@@ -75,11 +66,7 @@ def open_file(path: str, options: Mapping[str, Any]) -> Dataset:
 
 
 def kind_of(path: str) -> tuple[str, str, tuple[str, ...]]:
-    """The kind of a file, the extra that brings what reads it, and the packages of which one will do.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
+    """The kind of a file, the extra that brings what reads it, and the packages of which one will do."""
     if "://" in path:
         return ("Zarr", "data", ("zarr",)) if path.rstrip("/").endswith(".zarr") else ("a URL", "data", ())
     file = Path(path)

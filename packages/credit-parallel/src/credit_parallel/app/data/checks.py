@@ -27,12 +27,14 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return f"{type(error).__name__}: {text[:most]}{'...' if len(text) > most else ''}"
 
 
-def checked_rows(source: Source, rows: range) -> range:
-    """Rows of a source, if they are.
+def checked_number(key: str, value: object, least: int = 1) -> None:
+    """Refuse with a ValueError what is no whole number of so much or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key} must be a whole number, {least} or more; got {value!r}")
 
-    Raises:
-        ValueError: If they are not consecutive rows of its grid.
-    """
+
+def checked_rows(source: Source, rows: range) -> range:
+    """Rows of a source; a ValueError refuses what are not consecutive rows of its grid."""
     if (
         not isinstance(rows, range)
         or rows.step != 1
@@ -43,11 +45,7 @@ def checked_rows(source: Source, rows: range) -> range:
 
 
 def checked_times(source: Source, times: Iterable[int]) -> Sequence[int]:
-    """Indices of times of a source, as integers.
-
-    Raises:
-        ValueError: If one is none.
-    """
+    """Indices of times of a source, as integers; a ValueError refuses one that is none."""
     indices = [operator.index(time) for time in times]
     for index in indices:
         if not 0 <= index < len(source.labels):

@@ -198,11 +198,7 @@ def _described(path: str, variables: Sequence[str], levels: Sequence[float], opt
 
 
 def _match(first: _File, other: _File) -> None:
-    """Make sure that two files can be joined.
-
-    Raises:
-        ValueError: If they have different fields, units or grids.
-    """
+    """Make sure that two files can be joined: their fields, units and grids are the same."""
     for what, a, b in (
         ("fields", [c.label for c in first.channels], [c.label for c in other.channels]),
         ("units", [c.units for c in first.channels], [c.units for c in other.channels]),
@@ -271,7 +267,6 @@ def chunking_warning(source: Source, partition: RowPartition, most: float = 1.5)
     Measured on the rows of all ranks at one time, since training takes times in any order.
 
     Args:
-        source: The data.
         partition: Who needs which rows.
         most: The largest ratio of bytes read to bytes needed that is fine.
     """

@@ -37,9 +37,8 @@ class Forcings:
     def __init__(self, names: Sequence[str], grid: Grid, rows: range) -> None:
         for name in names:
             if name not in _LABELS:
-                raise ValueError(
-                    f"there is no forcing {name!r}; there are {', '.join(_LABELS)}{closest(name, _LABELS)}"
-                )
+                known = ", ".join(_LABELS)
+                raise ValueError(f"there is no forcing {name!r}; there are {known}{closest(name, _LABELS)}")
         if len(set(names)) < len(names):
             raise ValueError(f"forcings must be named once each; got {', '.join(names)}")
         self.names = tuple(names)

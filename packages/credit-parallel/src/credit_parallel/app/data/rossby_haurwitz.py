@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from credit_parallel.app.data.checks import checked_rows, checked_times, closest
+from credit_parallel.app.data.checks import checked_number, checked_rows, checked_times, closest
 from credit_parallel.app.data.source import Channel, Cost, Grid
 from credit_parallel.app.data.times import TimeAxis
 
@@ -107,11 +107,11 @@ class RossbyHaurwitz:
         least = {"height": 1 + bool(pole_is_row), "width": 1, "trajectories": 1, "times": 1, "seed": 0}
         given = {"height": height, "width": width, "trajectories": trajectories, "times": times, "seed": seed}
         for key, value in given.items():
-            _integer(key, value, least[key])
+            checked_number(key, value, least[key])
         if isinstance(degrees, (int, str)) or not degrees:
             raise ValueError(f"degrees must be a list of whole numbers; got {degrees!r}")
         for degree in degrees:
-            _integer("degrees", degree, 1)
+            checked_number("degrees", degree)
         if not _is_number(step_hours) or not step_hours > 0:
             raise ValueError(f"step_hours must be a positive number of hours; got {step_hours!r}")
         for key, ends in (("rotation", rotation), ("wind", wind)):
@@ -169,8 +169,6 @@ def wave_fields(wave: Wave, grid: Grid, seconds: float, rows: range) -> dict[str
     meridian of each column.
 
     Args:
-        wave: The solution.
-        grid: Where.
         seconds: Since its start.
         rows: Rows of the grid to compute.
 
@@ -212,7 +210,6 @@ def legendre(degree: int, x: Tensor) -> Tensor:
     sphere (no Condon-Shortley phase). The recurrence is in the degree, at fixed order, which is stable.
 
     Args:
-        degree: The degree n.
         x: Sines of latitude, of shape (H,), float64.
 
     Returns:
@@ -247,8 +244,3 @@ def _drawn(
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _integer(key: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} must be a whole number, {least} or more; got {value!r}")

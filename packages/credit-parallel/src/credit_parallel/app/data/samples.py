@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from credit_parallel.app.data.checks import checked_rows, checked_times
+from credit_parallel.app.data.checks import checked_number, checked_rows, checked_times
 from credit_parallel.app.data.forcings import Forcings
 from credit_parallel.app.data.source import Cost, Source
 from credit_parallel.app.data.statistics import Statistics
@@ -26,8 +26,7 @@ def sample_starts(
         ValueError: If a number is not positive, or a time is none of the data's.
     """
     for key, value in (("lead_steps", lead_steps), ("history", history), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} must be a whole number, 1 or more; got {value!r}")
+        checked_number(key, value)
     allowed = None if times is None else set(checked_times(source, times))
     offsets = range(-(history - 1) * lead_steps, steps * lead_steps + 1, lead_steps)
     return [
@@ -45,9 +44,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
     - forcings: of shape (steps, F, rows, W), for the input of each step.
 
     Args:
-        source: The data.
         rows: This rank's rows.
-        statistics: What normalises them.
         lead_steps: Times of the data from one state to the next.
         history: States that a model sees.
         steps: States to come.

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from credit_halo import naming_missing_ranks
 from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager
-from credit_parallel.app.data.checks import checked_times, one_line
+from credit_parallel.app.data.checks import checked_number, checked_times, one_line
 from credit_parallel.app.data.source import Channel, Source
 from credit_parallel.contract import device_of
 from credit_parallel.losses import cos_latitude_weights
@@ -97,11 +97,10 @@ def compute_statistics(
     the ranks, so that they are the same on each, and those of one rank to rounding.
 
     Args:
-        source: The data.
         times: Indices of the times that count.
         lead_steps: Times from input to target. Changes are taken between times that both count, within a segment.
         rows: This rank's rows.
-        manager: The manager; None for one rank by itself.
+        manager: None for one rank by itself.
         weights: Weight of each row of the grid, of shape (H,); None takes the cosine of latitude.
         others: Further times, which do not count, but in which no value may be missing either.
 
@@ -206,8 +205,7 @@ def _own(
     others: Sequence[int],
 ) -> Tensor:
     """The moments of this rank's rows of its share of the times."""
-    if isinstance(lead_steps, bool) or not isinstance(lead_steps, int) or lead_steps < 1:
-        raise ValueError(f"lead_steps must be a whole number, 1 or more; got {lead_steps!r}")
+    checked_number("lead_steps", lead_steps)
     if any(a >= b for a, b in pairwise(times)):
         raise ValueError("times must be indices in increasing order, each once")
     moments = _Moments(len(source.channels))
@@ -262,11 +260,7 @@ def _weights(source: Source, weights: Tensor | None) -> Tensor:
 
 
 def _checked(source: Source, total: _Moments) -> Statistics:
-    """The statistics, if they can normalise anything.
-
-    Raises:
-        ValueError: If values are missing or not finite, or a channel is constant or does not change.
-    """
+    """The statistics, if they can normalise anything: no value is missing, and every channel varies and changes."""
     name, bad = source.name, torch.nonzero(total.bad)[:, 0].tolist()
     if bad:
         c, more = bad[0], f", and {len(bad) - 1} more field(s) have such values" if len(bad) > 1 else ""

@@ -88,7 +88,6 @@ def lead_in_steps(source: Source, lead: int | str) -> int:
     """How many times of the data a lead spans.
 
     Args:
-        source: The data.
         lead: A number of times, or text with a unit: ``6h``, ``30min``, ``1d``, ``90s``.
 
     Raises:
@@ -147,7 +146,6 @@ def times_between(source: Source, bounds: Sequence[Any]) -> list[int]:
     """The times from a first bound to before a second.
 
     Args:
-        source: The data.
         bounds: Two fractions of all times, or two texts such as ``2019-03-24`` (UTC where they have no offset) or, of
             times that are no moments, two labels; None for no bound.
 

@@ -19,11 +19,7 @@ MOST_BANDS = 16
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of so many pixels.
-
-    Raises:
-        ValueError: If matplotlib is not installed.
-    """
+    """A figure of so many pixels; a ValueError says if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -27,19 +27,16 @@ def plot_forecast(
 ) -> Any:
     """Draw the truth, a forecast and its error on maps; lines show where the rows of two ranks meet.
 
-    Truth and forecast have one scale of colours, that of the truth; the error has one that is symmetric about zero.
+    Writes a PNG, and returns the figure. Truth and forecast have one scale of colours, that of the truth; the error has
+    one that is symmetric about zero.
 
     Args:
-        path: The PNG to write.
         truth: Field of shape (H, W), in the units of the channel. May hold NaN.
         forecast: The same of the forecast.
         grid: Latitudes and longitudes, in order.
         channel: What the field is.
         partition: Who owned which rows; None draws no seams.
         title: The title; by default the name of the channel.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: If fields, grid and partition do not fit each other.

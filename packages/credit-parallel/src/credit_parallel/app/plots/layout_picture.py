@@ -26,19 +26,14 @@ def plot_layout(
 ) -> Any:
     """Draw the rows of each domain rank, the halos that it needs of its neighbours, and the mesh of all ranks.
 
-    There is a column for each domain rank: filled where its own rows are, hatched where it needs copies of others'
-    rows. Thin halos are drawn a few pixels high, so that they can be seen.
+    Writes a PNG, and returns the figure. There is a column for each domain rank: filled where its own rows are, hatched
+    where it needs copies of others' rows. Thin halos are drawn a few pixels high, so that they can be seen.
 
     Args:
-        path: The PNG to write.
-        layout: Sizes of the axes.
         partition: Rows of each domain rank.
         halo: How many rows beyond its first and its last one a rank needs.
         latitudes: Degrees north of all rows, of shape (H,), for a second axis.
         title: The title; by default the sizes of the axes.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: If the partition is of other ranks, or there are other latitudes than rows.

@@ -20,17 +20,12 @@ def plot_losses(
     title: str = "Training loss",
     tolerance: float | None = None,
 ) -> Any:
-    """Draw losses over steps, and below them the absolute difference of each curve from the first one.
+    """Draw losses over steps, and below their absolute differences from the first curve, to a PNG; return the figure.
 
     Args:
-        path: The PNG to write.
         curves: Losses by the label of a run.
         steps: The steps that losses are of; None counts them from 1.
-        title: The title.
         tolerance: The largest difference that is taken for none, drawn as a line.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: If there are no losses, or more than steps.
