@@ -186,7 +186,7 @@ def shared_state() -> dict[str, Any]:
     found: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     found["the working directory"] = os.getcwd()
     found["the handler of SIGINT"], found["that of SIGTERM"] = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))
-    found["threads that are no daemons"] = set(threads_that_stay())
+    found["non-daemon threads"] = set(threads_that_stay())
     found["processes"] = set(multiprocessing.active_children())
     loggers = {name: logging.getLogger(name) for name in ["", *logging.root.manager.loggerDict]}
     for name, logger in loggers.items():
@@ -235,7 +235,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     result = yield
     found = item.stash[FOUND]
     for kind, running in (
-        ("threads that are no daemons", threads_that_stay),
+        ("non-daemon threads", threads_that_stay),
         ("processes", multiprocessing.active_children),
     ):
         for each in set(running()) - found[kind]:
