@@ -20,7 +20,12 @@ from credit_halo.testing._errors import RankError
 
 
 def run_processes(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0, group_timeout: float | None = None
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 600.0,
+    group_timeout: float | None = None,
+    fork: bool = False,
 ) -> list[Any]:
     """Run ``fn(rank, *args)`` on processes that form a gloo world.
 
@@ -33,6 +38,8 @@ def run_processes(
         timeout: Seconds after which ranks that have not finished are killed; long, since a busy machine is no mistake.
         group_timeout: Seconds after which an operation of the world's group fails; None is ``timeout``, so that a rank
             may wait for one that compiles.
+        fork: Ranks are forks of this process, and begin with all that it has: any function will do, also one defined
+            in another. What they change is not seen here. Nothing may have used a GPU before.
 
     Returns:
         What each rank returned, by rank; it must be possible to pickle it.
@@ -40,8 +47,12 @@ def run_processes(
     Raises:
         RankError: If a rank raised, died, or took longer than ``timeout``.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "credit_halo.testing"])
+    context: Any
+    if fork:
+        context = multiprocessing.get_context("fork")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "credit_halo.testing"])
     with tempfile.TemporaryDirectory(prefix="credit-halo-ranks-") as folder:
         readers: dict[Connection, int] = {}
         processes = []
