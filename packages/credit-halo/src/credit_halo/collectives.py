@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_halo import debug, tagged
-from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
+from credit_halo._torch_private import keep_order, prepare_inductor
+from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree
 from credit_halo.exchange import repartition_rows, take_rows
 from credit_halo.faults import break_group, refuse_broken
@@ -333,7 +334,7 @@ def _name(group: ProcessGroup | None) -> str:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return ""
     chosen = dist.group.WORLD if group is None else group
-    assert isinstance(chosen, ProcessGroup)
+    assert chosen is not None
     return chosen.group_name
 
 

@@ -21,7 +21,8 @@ What changes the process outside of these packages: :func:`share_cores`, :func:`
 """
 
 from credit_halo import debug, ops
-from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
+from credit_halo._torch_private import keep_order, prepare_inductor
+from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.bounded import Bounded
 from credit_halo.faults import break_group, refuse_broken

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from credit_halo import ops
-from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
+from credit_halo._torch_private import keep_order, prepare_inductor
+from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree
 from credit_halo.edges import EdgeRule
 from credit_halo.exchange import exchange_rows

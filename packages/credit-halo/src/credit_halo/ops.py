@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from credit_halo import debug
-from credit_halo._torch_private import group_by_name, keep_order, prepare_inductor
+from credit_halo._torch_private import keep_order, prepare_inductor
+from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.faults import ExchangeError
 from credit_halo.fit import misfit

@@ -98,7 +98,7 @@ def answer_roll_calls() -> None:
 def _answers() -> _Answers | None:
     """The thread of the present world; None where ranks are no processes, and cannot end alone."""
     world = dist.group.WORLD
-    assert isinstance(world, ProcessGroup)
+    assert world is not None
     if world not in _threads:
         if dist.get_world_size() == 1 or not {"gloo", "nccl"} & set(
             dist.get_backend_config().replace(",", ":").split(":")

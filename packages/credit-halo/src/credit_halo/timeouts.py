@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo._torch_private import change_timeout, groups_of_process
+from credit_halo._torch_private import change_timeout
+from credit_halo.groups import all_groups
 
 LONGEST = 1e8
 """The longest timeout, in seconds: three years. What torch counts in must hold it."""
@@ -48,7 +49,7 @@ def set_timeouts(timeout: float | timedelta) -> None:
     """
     chosen = as_timeout(timeout)
     if dist.is_available() and dist.is_initialized():
-        for group in groups_of_process():
+        for group in all_groups():
             if change_timeout(group, chosen):
                 _timeouts[group] = chosen
 

@@ -8,8 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import ProcessGroup, device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from credit_mesh.layout import AXES
 from credit_mesh.parallelism import ParallelismConf, ParallelismConfig, config_of
@@ -58,7 +58,7 @@ def build_device_mesh(
     if config == ParallelismConfig() or layout.world_size == 1:
         return None, {}
     sizes = {axis: layout.size(axis) for axis in AXES if layout.size(axis) > 1}
-    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = device_mesh.init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     _axes.update({mesh.get_group(axis): (ref(mesh), axis) for axis in sizes})
     return mesh, {axis: mesh[axis] for axis in sizes}
 

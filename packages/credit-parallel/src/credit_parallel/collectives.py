@@ -186,7 +186,7 @@ def _agree(what: str, tensors: Sequence[Tensor], group: ProcessGroup | None, pro
 
 def _member(group: ProcessGroup | None) -> ProcessGroup:
     chosen = dist.group.WORLD if group is None else group
-    assert isinstance(chosen, ProcessGroup)
+    assert chosen is not None
     return chosen
 
 

@@ -72,7 +72,7 @@ def register_dp_group(group: ProcessGroup | None) -> None:
             return  # a program on one process says so too, and there is nothing to forget
         raise ValueError("register_dp_group needs torch.distributed: call init_process_group() first")
     world = dist.group.WORLD
-    assert isinstance(world, ProcessGroup)
+    assert world is not None
     if group is None:
         _dp_groups.pop(world, None)
     else:
@@ -84,6 +84,6 @@ def get_dp_group() -> ProcessGroup | None:
     if not dist.is_initialized():
         return None
     world = dist.group.WORLD
-    assert isinstance(world, ProcessGroup)
+    assert world is not None
     manager = get_domain_parallel_manager()
     return _dp_groups.get(world, None if manager is None else manager.data_parallel_group)

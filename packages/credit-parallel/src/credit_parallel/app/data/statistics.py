@@ -124,7 +124,7 @@ def compute_statistics(
     parts = [found]
     if manager is not None:
         world = dist.group.WORLD
-        assert isinstance(world, ProcessGroup)
+        assert world is not None
         device = device_of(world)
         said = f"{len(times)} times, {len(source.channels)} channels, {source.grid.height} rows, lead {lead_steps}"
         try:
