@@ -110,9 +110,9 @@ def test_bytes_are_those_that_are_sent(make, shape, monkeypatch):
     sent: list[tuple[int, int]] = []
     send = ThreadGroup.send
 
-    def counting(group, tensors, dst, tag=0):
-        sent.append((group.rank(), tensors[0].nbytes))
-        return send(group, tensors, dst, tag)
+    def counting(group, tensor, dst, tag=0):
+        sent.append((group.rank(), tensor.nbytes))
+        return send(group, tensor, dst, tag)
 
     monkeypatch.setattr(ThreadGroup, "send", counting)
 

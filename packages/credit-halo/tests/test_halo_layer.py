@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from credit_halo import EdgeRule, HaloExchange, plan_halo
 from credit_halo.halo_exchange import _HaloExchangeFunction
-from credit_halo.testing import run_threads
+from credit_halo.testing import ThreadGroup, run_threads
 from credit_mesh import RowPartition, initialize_domain_parallel
 
 UNEVEN = RowPartition((3, 1, 4, 2))
@@ -164,13 +164,13 @@ def test_heights_that_change_between_calls(declare: bool) -> None:
 
 def test_a_declared_partition_is_learned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = [0] * 3
-    original = dist.all_gather
+    original = ThreadGroup.all_gather
 
     def counted(*args, **kwargs):
         count[dist.get_rank()] += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(dist, "all_gather", counted)
+    monkeypatch.setattr(ThreadGroup, "all_gather", counted)
 
     def rank_main(rank: int) -> list[int]:
         initialize_domain_parallel(3, 3).declare(8)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from credit_halo.extend import Bounded, PartitionLearner
 from credit_halo.learning import DECLARED
-from credit_halo.testing import run_threads
+from credit_halo.testing import ThreadGroup, run_threads
 
 
 def test_the_oldest_entry_is_forgotten_however_often_it_is_looked_up() -> None:
@@ -24,13 +24,13 @@ def test_the_oldest_entry_is_forgotten_however_often_it_is_looked_up() -> None:
 
 def test_ranks_ask_once_for_each_layer_declaration_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [0] * 2
-    original = dist.all_gather
+    original = ThreadGroup.all_gather
 
     def counted(*args, **kwargs):
         asked[dist.get_rank()] += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(dist, "all_gather", counted)
+    monkeypatch.setattr(ThreadGroup, "all_gather", counted)
 
     def rank_main(rank: int) -> list[int]:
         learner, rows = PartitionLearner(), 2 + rank

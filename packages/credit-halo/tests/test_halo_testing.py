@@ -1,6 +1,7 @@
 """The harness of ranks: users import it, so it must say what went wrong."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -43,6 +44,12 @@ def no_pickle(rank: int) -> object:
 def wait_for_a_message_that_never_comes(rank: int) -> None:
     if rank == 0:
         dist.recv(torch.ones(1), 1)
+    time.sleep(2)
+
+
+def wait_for_one_that_is_over(rank: int) -> None:
+    if rank == 0:
+        dist.barrier()
 
 
 @pytest.mark.parametrize("run", RUNNERS)
@@ -75,6 +82,8 @@ def test_a_dead_process_and_a_late_one() -> None:
 def test_a_thread_does_not_wait_forever() -> None:
     with pytest.raises(RankError, match="timed out after 0.5 s"):
         run_threads(wait_for_a_message_that_never_comes, 2, timeout=0.5)
+    with pytest.raises(RankError, match="rank 1 ended, and took no part"):
+        run_threads(wait_for_one_that_is_over, 2, timeout=60)
 
 
 def test_a_thread_is_woken_when_the_one_it_waits_for_fails() -> None:
@@ -89,11 +98,28 @@ def test_a_thread_is_woken_when_the_one_it_waits_for_fails() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_threads_need_a_world_of_their_own(tmp_path) -> None:
+def test_threads_have_a_world_of_their_own_beside_that_of_the_program(tmp_path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/world", rank=0, world_size=1)
+    originals = dict(vars(dist))
+    inside, over = threading.Barrier(3), threading.Barrier(3)
+
+    def rank_main(rank: int) -> int:
+        inside.wait(60)
+        over.wait(60)
+        return hello(rank, "hello")[1]
+
+    found = []
+    caller = threading.Thread(target=lambda: found.extend(run_threads(rank_main, 2)))
     try:
-        with pytest.raises(RuntimeError, match="makes a world of its own"):
-            run_threads(hello, 2, "hello")
+        caller.start()
+        inside.wait(60)
+        total = torch.ones(1)
+        dist.all_reduce(total)  # while the others run
+        assert (dist.get_world_size(), dist.get_backend(), total.item()) == (1, "gloo", 1)
+        over.wait(60)
+        caller.join(60)
+        assert found == [2, 2]
+        assert dict(vars(dist)) == originals
     finally:
         dist.destroy_process_group()
 

@@ -29,10 +29,10 @@ from torch.distributed import ProcessGroup
 
 from credit_halo import debug, tagged
 from credit_halo._torch_private import keep_order, prepare_inductor
-from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree
 from credit_halo.exchange import repartition_rows, take_rows
 from credit_halo.faults import break_group, refuse_broken
+from credit_halo.groups import group_by_name
 from credit_halo.recompute import ask_entry, reach, save_entry
 from credit_halo.transport import as_bytes
 from credit_mesh import RowPartition

@@ -22,11 +22,11 @@ What changes the process outside of these packages: :func:`share_cores`, :func:`
 
 from credit_halo import debug, ops
 from credit_halo._torch_private import keep_order, prepare_inductor
-from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.bounded import Bounded
 from credit_halo.faults import break_group, refuse_broken
 from credit_halo.fit import misfit
+from credit_halo.groups import group_by_name
 from credit_halo.halo_exchange import _HaloExchangeFunction as HaloExchangeFunction
 from credit_halo.learning import PartitionLearner, learn_while_tracing, learner
 from credit_halo.plan import plans, repartition_needs

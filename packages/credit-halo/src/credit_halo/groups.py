@@ -1,4 +1,4 @@
-"""Process groups by name, and all of them: torch's, and those of ranks that are threads (:mod:`credit_halo.testing`)."""
+"""Process groups by name: torch's, and those of ranks that are threads (:mod:`credit_halo.testing`)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ def group_by_name(name: str) -> ProcessGroup:
 def all_groups() -> list[ProcessGroup]:
     """All groups of this rank, those too that a DeviceMesh made for itself."""
     world: Any = dist.group.WORLD
-    if _not_torchs.get(getattr(world, "group_name", "")) is not world:
+    if world is None or _not_torchs.get(world.group_name) is not world:
         return _torch_private.groups_of_process()
-    return [
-        group
-        for found in _not_torchs.valuerefs()
-        if (group := found()) is not None and (group.world, group.me) == (world.world, world.me)
-    ]
+    found: list[Any] = [each() for each in _not_torchs.valuerefs()]
+    return [g for g in found if g is not None and (g.world, g.me) == (world.world, world.me)]

@@ -11,10 +11,10 @@ from torch.distributed import ProcessGroup
 
 from credit_halo import ops
 from credit_halo._torch_private import keep_order, prepare_inductor
-from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree
 from credit_halo.edges import EdgeRule
 from credit_halo.exchange import exchange_rows
+from credit_halo.groups import group_by_name
 from credit_halo.learning import learner
 from credit_halo.plan import halo_width as width_of
 from credit_halo.plan import plan_halo

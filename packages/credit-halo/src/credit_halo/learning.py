@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree
 from credit_halo.bounded import Bounded
+from credit_halo.groups import group_by_name
 from credit_halo.recompute import reach
 
 DECLARED = 64

@@ -18,10 +18,10 @@ from torch.distributed import ProcessGroup
 
 from credit_halo import debug
 from credit_halo._torch_private import keep_order, prepare_inductor
-from credit_halo.groups import group_by_name
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.faults import ExchangeError
 from credit_halo.fit import misfit
+from credit_halo.groups import group_by_name
 from credit_halo.plan import ExchangePlan, plans
 from credit_halo.recompute import ask_entry, save_entry
 from credit_halo.rows import (

@@ -14,7 +14,8 @@ Neither needs torchrun, a network or a free port.
 
 from credit_halo.testing._errors import RankError
 from credit_halo.testing._processes import run_processes
-from credit_halo.testing._threads import ThreadGroup, run_threads
+from credit_halo.testing._thread_group import ThreadGroup
+from credit_halo.testing._threads import run_threads
 from credit_halo.testing._transpose import dot_test, matrix_of
 
 __all__ = ["RankError", "ThreadGroup", "dot_test", "matrix_of", "run_processes", "run_threads"]

@@ -25,9 +25,6 @@ from torch.distributed import ReduceOp
 from credit_halo.testing._thread_group import BACKEND, ThreadGroup
 
 _present = threading.local()
-_lock = threading.Lock()
-_worlds = 0
-_originals: dict[tuple[Any, str], Any] = {}
 
 
 def present_world() -> ThreadGroup | None:
@@ -46,35 +43,43 @@ def leave() -> None:
     _present.world = None
 
 
-def install() -> None:
-    """Let the functions of torch.distributed ask which thread calls, until :func:`uninstall` is called as often."""
-    global _worlds
-    with _lock:
-        _worlds += 1
-        if _worlds > 1:
-            return
-        for name, own in _functions().items():
-            _replace(dist, name, _asking(getattr(dist, name), own))
-        _replace(dist.device_mesh, "init_device_mesh", _asking(dist.device_mesh.init_device_mesh, _refused("DeviceMesh")))
-        _replace(dist, "group", _World(dist.group))
-        _replace(dist, "GroupMember", _World(dist.GroupMember))
-        _replace(dist, "P2POp", _asking_op(dist.P2POp))
+class Replacement:
+    """The functions of torch.distributed, replaced as long as there are ranks that are threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ranks = 0
+        self._originals: dict[tuple[Any, str], Any] = {}
+
+    def begin(self) -> None:
+        """There is one more such rank."""
+        with self._lock:
+            self._ranks += 1
+            if self._ranks > 1:
+                return
+            for name, own in _functions().items():
+                self._replace(dist, name, _asking(getattr(dist, name), own))
+            mesh = dist.device_mesh
+            self._replace(mesh, "init_device_mesh", _asking(mesh.init_device_mesh, _refused("DeviceMesh")))
+            self._replace(dist, "group", _World(dist.group))
+            self._replace(dist, "GroupMember", _World(dist.GroupMember))
+            self._replace(dist, "P2POp", _asking_op(dist.P2POp))
+
+    def end(self) -> None:
+        """There is one less."""
+        with self._lock:
+            self._ranks -= 1
+            if not self._ranks:
+                for (module, name), original in self._originals.items():
+                    setattr(module, name, original)
+                self._originals.clear()
+
+    def _replace(self, module: Any, name: str, value: Any) -> None:
+        self._originals[module, name] = vars(module)[name]
+        setattr(module, name, value)
 
 
-def uninstall() -> None:
-    """Put torch's own functions back, once there are no more such ranks."""
-    global _worlds
-    with _lock:
-        _worlds -= 1
-        if not _worlds:
-            for (module, name), original in _originals.items():
-                setattr(module, name, original)
-            _originals.clear()
-
-
-def _replace(module: Any, name: str, value: Any) -> None:
-    _originals[module, name] = vars(module)[name]
-    setattr(module, name, value)
+replacement = Replacement()
 
 
 @functools.cache
@@ -85,9 +90,10 @@ def _functions() -> dict[str, Callable[..., Any]]:
     for name, function in vars(dist).items():
         if name in _OWN:
             found[name] = _OWN[name]
-        elif not name.startswith("_") and type(function) is FunctionType:
-            if told_by & inspect.signature(function).parameters.keys():
-                found[name] = _refused(name)
+        elif name.startswith("_") or type(function) is not FunctionType:
+            continue
+        elif told_by & inspect.signature(function).parameters.keys():
+            found[name] = _refused(name)
     return found
 
 
@@ -182,8 +188,8 @@ class _Done:
 
     def get_future(self) -> torch.futures.Future[Any]:
         self.wait()
-        future: torch.futures.Future[Any] = torch.futures.Future()  # type: ignore[no-untyped-call]
-        future.set_result(None)  # type: ignore[no-untyped-call]
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(None)
         return future
 
 
@@ -372,8 +378,8 @@ def all_to_all_single(
     async_op: bool = False,
 ) -> Any:
     size = _of(group).size()
-    outputs = output.detach().split(output_split_sizes or len(output) // size)
-    inputs = input.detach().split(input_split_sizes or len(input) // size)
+    outputs = torch.split(output.detach(), output_split_sizes or len(output) // size)
+    inputs = torch.split(input.detach(), input_split_sizes or len(input) // size)
     return all_to_all(outputs, inputs, group, async_op)
 
 
@@ -388,30 +394,22 @@ def broadcast_object_list(
     object_list[:] = _of(group).broadcast_object(object_list, _within(_of(group), src, group_src, "src"))
 
 
-def send(
-    tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0, group_dst: int | None = None
-) -> None:
+def send(tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0, group_dst: int | None = None) -> None:
     _of(group).send(tensor, _within(_of(group), dst, group_dst, "dst"), tag)
 
 
-def isend(
-    tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0, group_dst: int | None = None
-) -> Any:
+def isend(tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0, group_dst: int | None = None) -> Any:
     send(tensor, dst, group, tag, group_dst)
     return _Done()
 
 
-def recv(
-    tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 0, group_src: int | None = None
-) -> int:
+def recv(tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 0, group_src: int | None = None) -> int:
     chosen = _of(group)
     source = None if src is None and group_src is None else _within(chosen, src, group_src, "src")
     return chosen.ranks[chosen.recv(tensor, source, tag)]
 
 
-def irecv(
-    tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 0, group_src: int | None = None
-) -> Any:
+def irecv(tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 0, group_src: int | None = None) -> Any:
     """A receive that takes its mail when it is waited for."""
     return _Done(lambda: recv(tensor, src, group, tag, group_src))
 

@@ -81,7 +81,9 @@ class ThreadWorld:
             sender = full()[0]
             return sender, self._boxes[boxes[sender]].popleft()
 
-    def meet(self, place: Hashable, rank: int, ranks: Sequence[int], what: str, value: Any, timeout: float) -> list[Any]:
+    def meet(
+        self, place: Hashable, rank: int, ranks: Sequence[int], what: str, value: Any, timeout: float
+    ) -> list[Any]:
         """Bring a value, and take those of all ranks once all are there.
 
         Raises:
@@ -245,7 +247,7 @@ def _like(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
-_BINARY: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SUM": torch.add,
     "AVG": torch.add,
     "PRODUCT": torch.mul,

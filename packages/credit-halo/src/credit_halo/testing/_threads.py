@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from credit_halo.testing import _thread_functions
 from credit_halo.testing._errors import RankError
+from credit_halo.testing._thread_functions import enter, leave, replacement
 from credit_halo.testing._thread_group import ThreadGroup, ThreadWorld
 
 
 def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
     """Run ``fn(rank, *args)`` on threads that form a world of their own.
 
-    The collectives of torch.distributed, its sends and receives, and sub-groups work there, with backward, on CPU tensors and on
-    those of one GPU. What torch builds upon them does not: DeviceMesh, FSDP, DTensor, DistributedDataParallel and
-    torch.compile need :func:`run_processes`. It makes no difference whether the program has initialised
+    The collectives of torch.distributed, its sends and receives, and sub-groups work there, with backward, on CPU
+    tensors and on those of one GPU. What torch builds upon them does not: DeviceMesh, FSDP, DTensor,
+    DistributedDataParallel and torch.compile need :func:`run_processes`. The program may have initialised
     torch.distributed: these ranks do not see its world, and other threads do not see theirs.
 
     Args:
@@ -47,7 +47,7 @@ def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: fl
 
     def rank_main(rank: int) -> None:
         error: BaseException | None = None
-        _thread_functions.enter(ThreadGroup(world, range(world_size), rank))
+        enter(ThreadGroup(world, range(world_size), rank))
         try:
             # Backward of CUDA tensors would run in a thread of its own, which belongs to no rank.
             with torch.autograd.set_multithreading_enabled(False):
@@ -57,14 +57,14 @@ def run_threads(fn: Callable[..., Any], world_size: int, *args: Any, timeout: fl
             failures[rank] = traceback.format_exc()
         finally:
             world.leave(rank, error)
-            _thread_functions.leave()
-            _thread_functions.uninstall()
+            leave()
+            replacement.end()
 
     threads = [
         threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)
     ]
     for thread in threads:
-        _thread_functions.install()  # until the last of them ends, which may be later than this
+        replacement.begin()  # until the last of them ends, which may be later than this
         thread.start()
     deadline = time.monotonic() + timeout + 5
     for rank, thread in enumerate(threads):
