@@ -27,8 +27,8 @@ def group_by_name(name: str) -> ProcessGroup:
 def all_groups() -> list[ProcessGroup]:
     """All groups of this rank, those too that a DeviceMesh made for itself."""
     world = dist.group.WORLD
-    here: Any = None if world is None else _not_torchs.get(world.group_name)
-    if here is not world or here is None:
+    own: Any = None if world is None else _not_torchs.get(world.group_name)
+    if own is None:
         return _torch_private.groups_of_process()
     found: list[Any] = [each() for each in _not_torchs.valuerefs()]
-    return [group for group in found if group is not None and (group.world, group.me) == (here.world, here.me)]
+    return [group for group in found if group is not None and (group.world, group.me) == (own.world, own.me)]
