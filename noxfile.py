@@ -94,6 +94,36 @@ def tests_gloo(session: nox.Session, package: str) -> None:
     session.run("pytest", *options, *how, *session.posargs, env=TEST_ENV)
 
 
+HERE = ".".join(map(str, sys.version_info[:2]))
+TORCHES = ["2.11", "2.12", "2.13", "2.14", "2.15"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+# Each torch on one Python, and the oldest and the newest on each other one.
+PAIRS = [(HERE, version) for version in TORCHES]
+PAIRS += [(python, version) for python in PYTHONS if python != HERE for version in (TORCHES[0], TORCHES[-1])]
+
+
+@nox.session(name="tests-torch", default=False)
+@nox.parametrize(
+    "python,version", [nox.param(*pair, id=f"{pair[1]}-python{pair[0]}", tags=[f"torch{pair[1]}"]) for pair in PAIRS]
+)
+def tests_torch(session: nox.Session, version: str) -> None:
+    """Outside CI: all tests on each torch from the oldest on; an environment of 5 to 7 GB, and 20 minutes, for each.
+
+    Writes what ran into docs/compatibility.md. `nox -s tests-torch -- -k norm` would write what ran of `-k norm`.
+    """
+    session.env.update(KEEP_BYTECODE)
+    session.install("--quiet", "--no-compile", f"torch=={version}.*", *group("test"), "ipykernel", "nbclient")
+    session.install(
+        "--quiet", *(f"./packages/{p}{'[data,grib,plot,tensorboard]' * (p == PACKAGES[-1])}" for p in PACKAGES)
+    )
+    report = Path(session.create_tmp()) / "results.xml"
+    args = ["-n", "2", "--dist", "worksteal", "--timeout", "1200", f"--junitxml={report}", "packages", *session.posargs]
+    session.run("pytest", *args, env=TEST_ENV, success_codes=[0, 1])
+    session.run("python", "tools/compatibility.py", str(report))
+    if 'failures="0"' not in report.read_text() or 'errors="0"' not in report.read_text():
+        session.error(f"tests failed on torch {version}")
+
+
 @nox.session(requires=["torch"])
 def fuzz(session: nox.Session) -> None:
     """Run the property tests with new examples for 20 minutes; `-- --minutes N`, `-- --seed N` to repeat."""

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 FACES = {
-    "credit_mesh": ["credit_mesh", "credit_mesh.cli", "credit_mesh.extend"],
+    "credit_mesh": ["credit_mesh", "credit_mesh.cli", "credit_mesh.extend", "credit_mesh.torch_floor"],
     "credit_halo": ["credit_halo", "credit_halo.extend", "credit_halo.testing"],
     "credit_domain": [
         "credit_domain",

@@ -4,6 +4,7 @@ Shards a model's rows (latitude) over the ranks of a domain group so that output
 those of one rank.
 """
 
+import credit_mesh.torch_floor  # noqa: F401 - an old torch is refused before anything else is imported
 from credit_domain import adapters, blocks, functional
 from credit_domain._version import __version__
 from credit_domain.convert import (

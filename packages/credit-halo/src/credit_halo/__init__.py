@@ -4,6 +4,7 @@ Any rank can ask for any rows of a tensor whose rows are sharded over ranks, and
 *plan* (integers only) says who sends what to whom; the *exchange* carries it out.
 """
 
+import credit_mesh.torch_floor  # noqa: F401 - an old torch is refused before anything else is imported
 from credit_halo._version import __version__
 from credit_halo.collectives import all_mean, all_sum, broadcast, gather_rows, scatter_rows
 from credit_halo.edges import EdgeRule, Span, constant, pole_crossing

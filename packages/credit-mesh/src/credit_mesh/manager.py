@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+import credit_mesh.torch_floor  # noqa: F401 - an old torch is refused before anything else is imported
 from credit_mesh._check import integer
 from credit_mesh.layout import AXES, RankLayout
 from credit_mesh.partition import RowPartition

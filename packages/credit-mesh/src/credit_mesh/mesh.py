@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 
+import credit_mesh.torch_floor  # noqa: F401 - an old torch is refused before anything else is imported
 from credit_mesh.layout import AXES
 from credit_mesh.parallelism import ParallelismConf, ParallelismConfig, config_of
 
