@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_parallel import parallelize
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training import check, train
@@ -114,7 +114,7 @@ def losses_of(domain, data):
         context.sync_buffers()
         return found, {name.removeprefix("module."): value.clone() for name, value in context.model.named_buffers()}
 
-    return run_threads(rank_main, 2 * domain)
+    return run_processes(rank_main, 2 * domain, fork=True)
 
 
 @pytest.mark.parametrize("data", ["ddp", "fsdp2"])
@@ -143,10 +143,11 @@ def test_what_depends_on_replicas_is_said_once(caplog):
         for _ in range(2):
             context.model(torch.ones(1, 2, 2, 2) + rank).square().mean().backward()
             context.step(optimizer)
+        return [record.getMessage() for record in caplog.records]
 
     with caplog.at_level(logging.WARNING, "credit_parallel"):
-        run_threads(rank_main, 4)
-    (said,) = [record.getMessage() for record in caplog.records if "BatchNorm" in record.getMessage()]
+        messages = run_processes(rank_main, 4, fork=True)
+    (said,) = [message for by_rank in messages for message in by_rank if "BatchNorm" in message]
     assert said.startswith("1: BatchNorm normalises by the samples of its own replica")
 
 
@@ -163,5 +164,5 @@ def test_sync_batch_norm_counts_each_sample_once_under_tensor_parallelism():
         context.model(context.shard(x))
         return context.model[0].running_var.clone()
 
-    for found in run_threads(rank_main, 4):
+    for found in run_processes(rank_main, 4, fork=True):
         torch.testing.assert_close(found, plain.running_var)

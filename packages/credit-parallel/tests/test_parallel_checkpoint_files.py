@@ -16,7 +16,7 @@ from test_parallel_context import conf_of
 from torch import nn
 
 import credit_parallel.checkpoint
-from credit_halo.testing import run_threads
+from credit_halo.testing import run_processes, run_threads
 from credit_parallel import parallelize
 from credit_parallel.checkpoint import export_plain, latest, load_checkpoint, load_plain, save_checkpoint, tensor_files
 from credit_parallel.checkpoint.tensor_files import Piece, write_tensors
@@ -108,7 +108,7 @@ def test_anybody_can_open_a_file(tmp_path):
 
 
 def test_the_files_of_ranks_add_up(tmp_path):
-    on(("fsdp2", 1, 1, 3), run_threads, "adamw", 0, None, tmp_path, 1)
+    on(("fsdp2", 1, 1, 3), "adamw", 0, None, tmp_path, 1)
     parts = [load_file(path) for path in sorted(latest(tmp_path).glob("*.safetensors"))]
     assert len(parts) == 3
     export_plain(tmp_path, tmp_path / "plain.pt")
@@ -195,7 +195,7 @@ def test_what_is_loaded_is_no_part_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("layout", [("fsdp2", 1, 1, 3), ("fsdp2", 1, 2, 2), ("ddp", 2, 1, 1)], ids=str)
 def test_a_plain_safetensors_file(layout, tmp_path):
-    on(layout, run_threads, "sgd", 0, None, tmp_path / "steps", 1)
+    on(layout, "sgd", 0, None, tmp_path / "steps", 1)
     export_plain(tmp_path / "steps", tmp_path / "out.pt")
     export_plain(tmp_path / "steps", tmp_path / "out.safetensors")
     expected = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -203,7 +203,7 @@ def test_a_plain_safetensors_file(layout, tmp_path):
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "content": "state dict of a plain model"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pt", "out.safetensors", "steps"]
-    run_threads(load_plain_on_ranks, 2, tmp_path)
+    run_processes(load_plain_on_ranks, 2, tmp_path, fork=True)
     export_plain(tmp_path / "again", tmp_path / "again.safetensors")
     torch.testing.assert_close(load_file(tmp_path / "again.safetensors"), expected, rtol=0, atol=0)
 

@@ -13,7 +13,7 @@ from test_parallel_checkpoint import on
 from test_parallel_checkpoint_files import Odd, assert_filled, half_complex, load_and_look
 from torch import nn
 
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_threads
 from credit_parallel.app.cli.main import main
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training import check, train
@@ -25,9 +25,9 @@ def test_what_version_1_has_saved(tmp_path):
     """A training goes on along its curve, on other layouts too."""
     folder = unpacked(tmp_path) / "training"
     assert latest(folder) == folder / "step-00000003"
-    whole = on(None, run_threads, "adamw", 0, None, None, 5)[0][3:]
+    whole = on(None, "adamw", 0, None, None, 5)[0][3:]
     for layout in (None, ("fsdp2", 2, 2, 1)):
-        for losses in on(layout, run_threads, "adamw", 7, folder, None, 2):
+        for losses in on(layout, "adamw", 7, folder, None, 2):
             torch.testing.assert_close(losses, whole, rtol=1e-9, atol=1e-9)
     export_plain(folder, tmp_path / "out.safetensors")
     export_plain(folder, tmp_path / "out.pt")
@@ -62,8 +62,8 @@ def test_a_folder_with_both_formats(tmp_path):
 @pytest.mark.slow
 def test_the_former_format_between_processes(tmp_path):
     folder = unpacked(tmp_path) / "training"
-    whole = on(None, run_threads, "adamw", 0, None, None, 5)[0][3:]
-    for losses in on(("fsdp2", 1, 1, 3), run_processes, "adamw", 7, folder, None, 2):
+    whole = on(None, "adamw", 0, None, None, 5)[0][3:]
+    for losses in on(("fsdp2", 1, 1, 3), "adamw", 7, folder, None, 2, fork=False):
         torch.testing.assert_close(losses, whole, rtol=1e-9, atol=1e-9)
 
 

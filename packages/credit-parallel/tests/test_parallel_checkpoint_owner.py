@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from credit_halo.testing import run_processes, run_threads
@@ -129,13 +130,24 @@ def test_all_ranks_are_refused_alike(tmp_path, other):
 
 
 def test_runs_of_one_process_share_its_folder(tmp_path, locks):
-    for step in range(3):
-        save(tmp_path, step)
-    run_threads(lambda rank: save(tmp_path, 5), 2)
-    release(tmp_path)
-    assert (tmp_path / owner.OWNER).read_bytes() == b""
-    save(tmp_path, 6)
-    release(tmp_path)
+    """The first rank's process, which is alone, one of two, and alone again."""
+    folder = tmp_path / "steps"
+
+    def rank_main(rank):
+        dist.destroy_process_group()
+        for step in range(3 if rank == 0 else 0):
+            save(folder, step)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        save(folder, 5)
+        dist.destroy_process_group()
+        if rank == 0:
+            release(folder)
+            assert (folder / owner.OWNER).read_bytes() == b""
+            save(folder, 6)
+            release(folder)
+
+    run_processes(rank_main, 2, fork=True)
+    assert latest(folder).name == "step-00000006"
 
 
 def test_a_fork_has_not_what_its_parent_has(tmp_path):

@@ -168,7 +168,7 @@ def test_shards_are_averaged_with_the_same_shards():
         return grad.full_tensor(), plain
 
     mean = sum(whole_numbers(5, 2, seed=rank) for rank in range(3))
-    for shard, plain in run_threads(rank_main, 6):
+    for shard, plain in run_processes(rank_main, 6, fork=True):
         assert torch.equal(shard, mean)
         assert torch.equal(plain, mean)
 
@@ -182,7 +182,7 @@ def test_a_gradient_that_is_sharded_over_the_group_is_refused():
         with pytest.raises(ValueError, match="gradient 1 is sharded over ranks of the group that it is to be averaged"):
             allreduce_grads_avg([copies, grad], mesh.get_group("domain"))
 
-    run_threads(rank_main, 4)
+    run_processes(rank_main, 4, fork=True)
 
 
 def test_gradients_that_cannot_be_averaged_are_refused_on_all_ranks():
@@ -289,7 +289,7 @@ def test_norms_on_mixed_meshes(order, monkeypatch):
         }
         return norms, clipped, grads
 
-    results = run_threads(rank_main, 8)
+    results = run_processes(rank_main, 8, fork=True)
     for p in P:
         expected, _ = unsharded(p)
         for norms, _, _ in results:
@@ -352,7 +352,7 @@ def check_clipped(results, p):
 
 @pytest.mark.parametrize("p", [1, 2, 2.5, math.inf])
 def test_clip_where_torch_does_not(p):
-    check_clipped(run_threads(clipped_after_training, 8, p), p)
+    check_clipped(run_processes(clipped_after_training, 8, p, fork=True), p)
 
 
 def test_clip_on_processes():
@@ -394,7 +394,7 @@ def test_a_parameter_without_a_gradient_on_some_ranks():
             param.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
         return clip_grad_norm_([param], 1.0)
 
-    norms = run_threads(rank_main, 2)
+    norms = run_processes(rank_main, 2, fork=True)
     assert norms == [pytest.approx(math.sqrt(2))] * 2
 
 
@@ -405,7 +405,7 @@ def test_sums_that_are_still_to_come():
         grad = DTensor.from_local(part, mesh, [Replicate(), Partial()])
         return total_grad_norm([grad])
 
-    assert run_threads(rank_main, 4) == [5.0] * 4
+    assert run_processes(rank_main, 4, fork=True) == [5.0] * 4
 
 
 @pytest.mark.parametrize("p", [2.0, math.inf])
@@ -427,7 +427,7 @@ def test_gradients_that_are_not_finite(p, bad):
         assert torch.equal(plain.grad, torch.ones(2))
         return torch.isnan(norm)
 
-    nan = run_threads(rank_main, 4)
+    nan = run_processes(rank_main, 4, fork=True)
     assert nan[0] == nan[2] == math.isnan(bad)
 
 
@@ -456,5 +456,6 @@ def test_the_test_can_fail():
         local = distribute_tensor(gradient("a.weight"), mesh, [Shard(0)]).to_local()
         assert torch.allclose(total_grad_norm([local]), gradient("a.weight").norm())
 
-    with pytest.raises(RankError):
-        run_threads(rank_main, 2)
+    with pytest.raises(RankError) as raised:
+        run_processes(rank_main, 2, fork=True)
+    assert {type(error) for error in raised.value.errors.values()} == {AssertionError}

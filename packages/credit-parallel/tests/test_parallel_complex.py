@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from credit_domain.casts import cast_module
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_parallel import apply_fsdp2, parallelize
 from credit_parallel.app.cli.verify_command import _fill_zeros
 from credit_parallel.app.config import RunConfig
@@ -131,7 +131,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize(("data", "world", "domain"), LAYOUTS)
 def test_trains_like_one_rank(data, world, domain, name, expected):
-    for found in run_threads(rank_main, world, data, domain, name, data != "none" and world == 2):
+    accumulate = data != "none" and world == 2
+    for found in run_processes(rank_main, world, data, domain, name, accumulate, fork=True):
         same(found, expected[name])
 
 
@@ -167,9 +168,9 @@ def loaded_by(rank, data, domain, folder):
     ids=str,
 )
 def test_checkpoints_move_between_layouts(there, here, tmp_path, expected):
-    run_threads(saved_by, there[1], there[0], there[2], tmp_path)
+    run_processes(saved_by, there[1], there[0], there[2], tmp_path, fork=True)
     norms, weights = expected["adamw"]
-    for found in run_threads(loaded_by, here[1], here[0], here[2], tmp_path):
+    for found in run_processes(loaded_by, here[1], here[0], here[2], tmp_path, fork=True):
         same(found, (norms[2:], weights))
     same(loaded_by(0, "none", 1, tmp_path), (norms[2:], weights))
     export_plain(tmp_path, tmp_path / "plain.pt")
@@ -213,7 +214,7 @@ def test_complex_parameters_of_an_axis_to_replicate_and_one_to_shard():
     plain = make()
     x = torch.randn(4, 2, HEIGHT, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     plain(x).square().mean().backward()
-    for grads in run_threads(rank_main, 4):
+    for grads in run_processes(rank_main, 4, fork=True):
         for name, p in plain.named_parameters():
             torch.testing.assert_close(grads[name], p.grad, rtol=1e-11, atol=1e-12)
 
@@ -284,7 +285,7 @@ def test_several_dtypes_in_one_unit_are_refused_by_name():
         net.blocks[0].conv.float()  # of one dtype, in a block of its own
         apply_fsdp2(net, mesh)
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 @pytest.mark.parametrize(

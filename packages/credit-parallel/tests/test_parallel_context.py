@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from credit_halo.testing import ThreadGroup, run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_mesh import ParallelismConfig
 from credit_parallel import ParallelContext, parallelize
 
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 def make(dtype, rank=0):
-    """The same weights on rank 0 of every run, others elsewhere: drawn apart, since threads share a generator."""
+    """The same weights on rank 0 of every run, others elsewhere."""
     model = Net().to(dtype)
     generator = torch.Generator().manual_seed(rank)
     with torch.no_grad():
@@ -139,9 +139,8 @@ def expected():
 def test_every_layout_trains_like_one_rank(mode, dp, tensor, domain, expected):
     """Gradients of the first step and the losses of 20, by SGD, to which a wrong scale shows, or by AdamW."""
     name = "adamw" if (dp + tensor + domain) % 2 else "sgd"
-    results = run_threads(
-        rank_main, dp * tensor * domain, conf_of(mode, tensor, domain), torch.float64, name, 20, timeout=200
-    )
+    conf = conf_of(mode, tensor, domain)
+    results = run_processes(rank_main, dp * tensor * domain, conf, torch.float64, name, 20, timeout=200, fork=True)
     compare(results, expected[name], 1e-9)
 
 
@@ -156,7 +155,8 @@ def test_on_processes(mode, dp, tensor, domain, expected):
 @pytest.mark.parametrize(("mode", "dp", "tensor", "domain"), [("fsdp2", 2, 1, 3), ("ddp", 1, 2, 2)])
 def test_float32(mode, dp, tensor, domain):
     expected = reference(torch.float32, "sgd", 20)
-    results = run_threads(rank_main, dp * tensor * domain, conf_of(mode, tensor, domain), torch.float32, "sgd", 20)
+    conf = conf_of(mode, tensor, domain)
+    results = run_processes(rank_main, dp * tensor * domain, conf, torch.float32, "sgd", 20, fork=True)
     compare(results, expected, 1e-4)
 
 
@@ -183,7 +183,7 @@ def test_latitude_weights_and_activation_checkpointing():
     weights = torch.linspace(0.2, 1.8, HEIGHT, dtype=torch.float64) ** 2
     expected = reference(torch.float64, "sgd", 5, weights)
     conf = conf_of("fsdp2", 1, 3, activation_checkpoint=True)
-    compare(run_threads(rank_main, 6, conf, torch.float64, "sgd", 5, weights), expected, 1e-9)
+    compare(run_processes(rank_main, 6, conf, torch.float64, "sgd", 5, weights, fork=True), expected, 1e-9)
 
 
 def accumulated(rank, conf, parts):
@@ -204,39 +204,38 @@ def accumulated(rank, conf, parts):
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "none"])
 def test_accumulation(mode):
     expected = accumulated(0, conf_of("none", 1, 1), 1)
-    compare(run_threads(accumulated, 4 if mode != "none" else 2, conf_of(mode, 1, 2), 2), expected, 1e-9)
+    ranks = 4 if mode != "none" else 2
+    compare(run_processes(accumulated, ranks, conf_of(mode, 1, 2), 2, fork=True), expected, 1e-9)
 
 
-@pytest.mark.parametrize(("mode", "reduction"), [("ddp", "allreduce"), ("fsdp2", "reduce_scatter")])
+@pytest.mark.parametrize(("mode", "reduction"), [("ddp", "all_reduce"), ("fsdp2", "reduce_scatter")])
 def test_accumulation_sends_no_gradients_before_the_last(mode, reduction, monkeypatch):
-    sent: dict[int, int] = {0: 0, 1: 0}
-    original = getattr(ThreadGroup, reduction)
+    sent = 0
 
-    def counting(group, *args, **kwargs):
-        sent[group._rank] += any(_numel(value) > 1 for value in args)  # a barrier sums a single number
-        return original(group, *args, **kwargs)
+    def counting(original):
+        def counted(*args, **kwargs):
+            nonlocal sent
+            sent += any(isinstance(value, Tensor) and value.numel() > 1 for value in (*args, *kwargs.values()))
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(ThreadGroup, reduction, counting)
+        return counted
+
+    for name in [name for name in dir(dist) if name.startswith(reduction)]:  # FSDP2 has called several, over the years
+        monkeypatch.setattr(dist, name, counting(getattr(dist, name)))
 
     def rank_main(rank):
         context = parallelize(make(torch.float64), conf_of(mode, 1, 1), check_batches=0)
         counts = []
         for last in (False, False, True):
-            start = sent[rank]
+            start = sent
             with context.accumulate(last=last):
                 context.model(torch.ones(1, 2, HEIGHT, WIDTH, dtype=torch.float64)).sum().backward()
-            counts.append(sent[rank] - start)
+            counts.append(sent - start)
         return counts
 
-    for *before, at_last in run_threads(rank_main, 2):
+    for *before, at_last in run_processes(rank_main, 2, fork=True):
         assert before == [0, 0]
         assert at_last > 0
-
-
-def _numel(value) -> int:
-    while isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def violated(rank):
@@ -247,7 +246,7 @@ def violated(rank):
 
 
 def test_a_sampler_of_the_global_rank_is_caught_on_all_ranks():
-    run_threads(violated, 4)
+    run_processes(violated, 4, fork=True)
 
 
 def not_finite(rank):
@@ -265,7 +264,7 @@ def not_finite(rank):
 
 
 def test_what_is_not_finite_is_seen_by_all():
-    run_threads(not_finite, 2)
+    run_processes(not_finite, 2, fork=True)
 
 
 def memory(rank, conf):
@@ -277,11 +276,11 @@ def memory(rank, conf):
 
 
 def test_parameters_are_divided_over_data_and_domain():
-    results = run_threads(memory, 6, conf_of("fsdp2", 1, 3))
+    results = run_processes(memory, 6, conf_of("fsdp2", 1, 3), fork=True)
     total, _ = results[0]
     assert sum(own for _, own in results) == total
     assert max(own for _, own in results) < total / 2  # small layers do not divide evenly
-    _, own = run_threads(memory, 4, conf_of("none", 2, 2))[0]
+    _, own = run_processes(memory, 4, conf_of("none", 2, 2), fork=True)[0]
     pairs = 2 * (4 * 16 + 16 + 16 * 4)  # the columns, their biases and the rows of two mixers
     assert own == total - pairs // 2
 
@@ -313,7 +312,7 @@ def mistakes(rank):
 
 
 def test_mistakes_are_errors_on_all_ranks():
-    run_threads(mistakes, 2)
+    run_processes(mistakes, 2, fork=True)
 
 
 README = Path(__file__).parents[1] / "README.md"

@@ -72,7 +72,7 @@ def test_all_ways_to_say_where_a_rank_is_agree() -> None:
         initialize_domain_parallel(8, 2, tensor_parallel_size=2)
         assert place_of() == wanted
 
-    run_threads(rank_main, 8)
+    run_processes(rank_main, 8, fork=True)
     assert place_of() == place_of(CONF) == (RankLayout(), Coords(0, 0, 0)), "without a world there is one rank"
 
 
