@@ -61,7 +61,7 @@ def test_the_manager_is_found_through_wrappers():
         assert get_raw_model(wrapped) is net
         assert get_domain_manager(wrapped) is manager
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 def test_a_stand_in_manager():
@@ -114,7 +114,7 @@ def check_converted(results):
 @pytest.mark.parametrize("whole_mesh", [True, False])
 @pytest.mark.parametrize(("dp", "tp", "domain"), [(1, 1, 4), (2, 1, 3), (1, 2, 2), (2, 2, 2)])
 def test_apply_domain_parallel(dp, tp, domain, whole_mesh):
-    check_converted(run_threads(converted, dp * tp * domain, dp, tp, domain, whole_mesh))
+    check_converted(run_processes(converted, dp * tp * domain, dp, tp, domain, whole_mesh, fork=True))
 
 
 def test_apply_domain_parallel_on_processes():
@@ -127,7 +127,7 @@ def test_a_mesh_without_the_axis():
         with pytest.raises(ValueError, match="the mesh must have an axis named domain"):
             apply_domain_parallel(Net(), mesh)
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 # Rows
@@ -372,7 +372,7 @@ def test_nothing_is_averaged_twice():
         with pytest.raises(ValueError, match="is sharded over ranks of the group that it is to be averaged over"):
             sync_domain_gradients(by_hand, manager)
 
-    run_threads(rank_main, 4)
+    run_processes(rank_main, 4, fork=True)
 
 
 def test_models_that_differ_are_refused_on_all_ranks():
@@ -437,4 +437,4 @@ def test_folding_a_mesh():
         return folded.mesh.tolist()
 
     tp0, tp1 = [0, 1, 4, 5], [2, 3, 6, 7]
-    assert run_threads(rank_main, 8) == [tp0, tp0, tp1, tp1] * 2
+    assert run_processes(rank_main, 8, fork=True) == [tp0, tp0, tp1, tp1] * 2

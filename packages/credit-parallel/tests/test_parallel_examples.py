@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from credit_domain import verify_domain_parallel
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_parallel import parallelize
 from credit_parallel.app.examples.transformer import Transformer
 from credit_parallel.app.examples.unet import UNet
@@ -25,7 +25,7 @@ SMALL = {
 
 
 def make(name: str, rank: int = 0, dtype=torch.float64) -> nn.Module:
-    """A small model whose weights, the last ones too, are none of them zero; drawn apart, since threads share."""
+    """A small model whose weights, the last ones too, are none of them zero, drawn by a generator of their own."""
     kind, options = SMALL[name]
     model = kind(CHANNELS, 2, **options).to(dtype)
     generator = torch.Generator().manual_seed(rank)
@@ -153,7 +153,7 @@ def expected():
 )
 def test_every_layout_trains_like_one_rank(name, mode, dp, tensor, domain, recompute, expected):
     conf = conf_of(mode, tensor, domain, activation_checkpoint=recompute)
-    compare(run_threads(train, dp * tensor * domain, name, conf, timeout=120), expected[name])
+    compare(run_processes(train, dp * tensor * domain, name, conf, timeout=120, fork=True), expected[name])
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_tensor_parallel_ranks_hold_half_of_each_block():
     shared = [block.norm1, block.norm2, block.attention.proj.bias, block.mlp[2].bias]
     kept = sum(sum(p.numel() for p in s.parameters()) if isinstance(s, nn.Module) else s.numel() for s in shared)
     whole = sum(p.numel() for p in block.parameters())
-    assert run_threads(rank_main, 2) == [(whole - kept) // 2] * 2
+    assert run_processes(rank_main, 2, fork=True) == [(whole - kept) // 2] * 2
 
 
 # Compiling

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from credit_domain.layers import DomainParallelConv2d
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_mesh import RowPartition, initialize_domain_parallel
 from credit_parallel.collectives import clip_grad_norm_
 from credit_parallel.ddp import apply_ddp
@@ -186,13 +186,13 @@ LAYOUTS = [
 @pytest.mark.parametrize("conf", [None, CHECKPOINTED])
 @pytest.mark.parametrize(("dp", "tp", "domain", "fold"), LAYOUTS)
 def test_gradients_of_fsdp2(dp, tp, domain, fold, conf):
-    check(run_threads(train, dp * tp * domain, dp, tp, domain, "fsdp2", fold, conf), dp)
+    check(run_processes(train, dp * tp * domain, dp, tp, domain, "fsdp2", fold, conf, fork=True), dp)
 
 
 @pytest.mark.parametrize(("dp", "tp", "domain", "fold"), LAYOUTS)
 def test_gradients_of_ddp(dp, tp, domain, fold):
     conf = {"trainer": {"find_unused_parameters": True}}
-    check(run_threads(train, dp * tp * domain, dp, tp, domain, "ddp", fold, conf), dp)
+    check(run_processes(train, dp * tp * domain, dp, tp, domain, "ddp", fold, conf, fork=True), dp)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,12 @@ def test_gradients_on_processes(world, args):
 
 
 def test_ranks_start_with_the_weights_of_the_first():
-    check(run_threads(train, 4, 2, 1, 2, "fsdp2", True, None, (0, 1)), 2)
-    check(run_threads(train, 2, 2, 1, 1, "ddp", False, {"find_unused_parameters": True}, (0, 1)), 2)
+    check(run_processes(train, 4, 2, 1, 2, "fsdp2", True, None, (0, 1), fork=True), 2)
+    check(run_processes(train, 2, 2, 1, 1, "ddp", False, {"find_unused_parameters": True}, (0, 1), fork=True), 2)
 
 
 def test_gradients_of_a_step_after_others():
-    check(run_threads(train, 6, 2, 1, 3, "fsdp2", True, CHECKPOINTED, (0, 0), 3), 2)
+    check(run_processes(train, 6, 2, 1, 3, "fsdp2", True, CHECKPOINTED, (0, 0), 3, fork=True), 2)
 
 
 def accumulated_in_float32(rank):
@@ -242,7 +242,7 @@ def test_blocks_are_sharded_and_the_rest():
         assert fsdp2_is_applied(net)
         return {name for name, module in net.named_modules() if isinstance(module, FSDPModule)}
 
-    assert run_threads(rank_main, 2)[0] == {"", "first", "stage", "stage.inner", "second", "head"}
+    assert run_processes(rank_main, 2, fork=True)[0] == {"", "first", "stage", "stage.inner", "second", "head"}
     assert not fsdp2_is_applied(Net())
 
 
@@ -300,7 +300,7 @@ def test_operations_in_place_on_what_blocks_return():
         return {name: whole_of(p.grad) for name, p in net.named_parameters() if p.grad is not None}
 
     net = reference(2, net=AddsInPlace())
-    for grads in run_threads(rank_main, 2):
+    for grads in run_processes(rank_main, 2, fork=True):
         assert "several.linear.weight" in grads
         for name, grad in grads.items():
             torch.testing.assert_close(grad, net.get_parameter(name).grad, rtol=1e-10, atol=1e-11)
@@ -349,7 +349,7 @@ def test_what_is_refused():
             _apply_activation_checkpointing(net)
         apply_fsdp2(Shared(), mesh["dp"])  # one parameter under two names, in one block
 
-    run_threads(rank_main, 4)
+    run_processes(rank_main, 4, fork=True)
 
 
 def test_a_mesh_of_some_of_the_domain_ranks_is_refused():
@@ -359,7 +359,7 @@ def test_a_mesh_of_some_of_the_domain_ranks_is_refused():
         with pytest.raises(ValueError, match="spans 2 of the 4 domain ranks"):
             apply_fsdp2(Net(), mesh["half"])
 
-    run_threads(rank_main, 4)
+    run_processes(rank_main, 4, fork=True)
 
 
 def test_replicate_over_one_axis_and_shard_over_another():
@@ -370,7 +370,7 @@ def test_replicate_over_one_axis_and_shard_over_another():
         grads = {name: whole_of(p.grad) if p.grad is not None else None for name, p in net.named_parameters()}
         return grads, clip_grad_norm_(net.parameters(), 1.0), {n: p.shape for n, p in net.state_dict().items()}
 
-    check(run_threads(rank_main, 4), 4)
+    check(run_processes(rank_main, 4, fork=True), 4)
 
 
 @pytest.mark.parametrize(("tp", "domain"), [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -385,7 +385,7 @@ def test_the_default_mesh_is_all_but_tp(tp, domain):
         weight = net.head.weight
         return weight.device_mesh.size(), torch.equal(weight.full_tensor(), Net().head.weight)
 
-    assert run_threads(rank_main, 4) == [(4 // tp, True)] * 4
+    assert run_processes(rank_main, 4, fork=True) == [(4 // tp, True)] * 4
 
 
 def test_memory_of_parameters_is_divided():
@@ -393,7 +393,7 @@ def test_memory_of_parameters_is_divided():
         net = apply_fsdp2(Net(), None)
         return sum(p.to_local().numel() for p in net.parameters())
 
-    assert sum(run_threads(rank_main, 4)) == sum(p.numel() for p in Net().parameters())
+    assert sum(run_processes(rank_main, 4, fork=True)) == sum(p.numel() for p in Net().parameters())
 
 
 def test_channels_last_parameters_are_taken():
@@ -403,7 +403,7 @@ def test_channels_last_parameters_are_taken():
         apply_fsdp2(net, None)
         return torch.equal(net.first.conv.weight.full_tensor(), Net().first.conv.weight)
 
-    assert all(run_threads(rank_main, 2))
+    assert all(run_processes(rank_main, 2, fork=True))
 
 
 # Mixed precision
@@ -477,7 +477,7 @@ def test_mixed_precision(trainer, inside, outside):
         p.data = randn(*p.shape, seed=i, dtype=torch.float32)
     one(randn(2, 4, dtype=torch.float32)).sum().backward()
     rtol = 1e-5 if inside is torch.float32 else 0.1
-    for grad in run_threads(rank_main, 2):
+    for grad in run_processes(rank_main, 2, fork=True):
         torch.testing.assert_close(grad, one[0].linear.weight.grad, rtol=rtol, atol=rtol)
 
 
@@ -719,7 +719,7 @@ def test_ddp_leaves_a_model_alone_that_needs_nothing(caplog):
         assert apply_ddp(frozen, mesh) is frozen
         return frozen.state_dict()
 
-    for state in run_threads(rank_main, 2):
+    for state in run_processes(rank_main, 2, fork=True):
         same(dict(state), dict(Net(seed=0).state_dict()), close=False)
 
 
@@ -739,7 +739,7 @@ def test_ddp_without_sync_then_with():
         return at, alone, {name: whole_of(p.grad) for name, p in net.named_parameters() if p.grad is not None}
 
     both = reference(2)
-    for at, alone, grads in run_threads(rank_main, 4):
+    for at, alone, grads in run_processes(rank_main, 4, fork=True):
         own = Net()
         (own(randn(2, 3, ROWS, 5, seed=9)[at, None]) * factor(2)[at, None]).sum().backward()
         assert any("weight" in name for name in grads)
@@ -762,4 +762,4 @@ def test_buffers_of_a_folded_domain_stay_those_of_the_rank():
         assert not wrapped.broadcast_buffers
         return {float(net.seen[0]) for net in (folded, apart, sharded)}
 
-    assert run_threads(rank_main, 4) == [{0.0}, {1.0}, {0.0}, {1.0}]
+    assert run_processes(rank_main, 4, fork=True) == [{0.0}, {1.0}, {0.0}, {1.0}]

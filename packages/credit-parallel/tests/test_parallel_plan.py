@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from credit_domain import plan_domain_parallel
 from credit_domain.blocks import GlobalMean, WindowAttention
-from credit_halo.testing import ThreadGroup, run_threads
+from credit_halo.testing import run_processes
 from credit_mesh.cli import main as mesh_main
 from credit_parallel import parallelize
 from credit_parallel.app.cli import layout_command, plan_command, verify_command
@@ -133,7 +133,7 @@ def test_activations_of_sharded_ranks_to_five_percent(make, shape, tensor, domai
         local = [storage_of(p).nbytes() for p in context.model.parameters()]
         return kept_by(context.model, x), sum(local)
 
-    measured = run_threads(rank_main, tensor * domain)
+    measured = run_processes(rank_main, tensor * domain, fork=True)
     plans = plan_layouts(make(), input_shape=shape, world=tensor * domain, batch_size=shape[0])
     planned = next(p for p in plans.layouts if (p.data, p.tensor, p.domain) == ("none", tensor, domain))
     assert planned.memory.activations == pytest.approx(max(kept for kept, _ in measured), rel=0.05)
@@ -170,7 +170,7 @@ def test_memory_by_hand():
 
 @pytest.fixture
 def messages(monkeypatch):
-    """Bytes that ranks send in exchanges."""
+    """Bytes that a rank, which is a fork, sends in exchanges."""
     sent: Counter[str] = Counter()
 
     class Handler(logging.Handler):
@@ -204,17 +204,13 @@ def test_halos_are_those_that_ranks_send(make, shape, domain, messages):
         if backward:
             out.sum().backward()
         dist.barrier()
-        messages(False)
+        return messages(False)[f"rank {rank}"]
 
     plans = plan_layouts(make(), input_shape=shape, world=domain, batch_size=shape[0])
     planned = next(p for p in plans.layouts if (p.data, p.domain) == ("none", domain))
-    run_threads(rank_main, domain, False)
-    real = messages(False)
-    sent = sum(real[f"rank {rank}"] for rank in range(domain))
+    sent = sum(run_processes(rank_main, domain, False, fork=True))
     assert sum(layer.total_bytes for layer in planned.domain_plan.layers) * shape[0] == sent
-    real.clear()
-    run_threads(rank_main, domain, True)
-    busiest = max(real[f"rank {rank}"] for rank in range(domain))
+    busiest = max(run_processes(rank_main, domain, True, fork=True))
     assert busiest <= planned.halo_bytes <= busiest / 0.75
 
 
@@ -245,12 +241,12 @@ def test_recomputed_blocks_exchange_once_more():
 def test_sums_of_tensor_parallel_ranks(tensor, messages, monkeypatch):
     """What is summed, and the rows of fused weights that change places, forward and backward, to the byte."""
     shape = (2, 3, 24, 16)
-    summed: Counter[int] = Counter()
-    original = ThreadGroup.allreduce
+    summed: list[int] = []  # a fork has a list of its own
+    original = dist.all_reduce
 
-    def counting(group, tensor_list, *args, **kwargs):
-        summed[group._rank] += sum(t.numel() * t.element_size() for t in tensor_list if t.numel() > 1)
-        return original(group, tensor_list, *args, **kwargs)
+    def counting(tensor, *args, **kwargs):
+        summed.append(tensor.numel() * tensor.element_size() if tensor.numel() > 1 else 0)
+        return original(tensor, *args, **kwargs)
 
     def make():
         return Transformer(3, 2, width=16, heads=(4, 4))
@@ -263,18 +259,17 @@ def test_sums_of_tensor_parallel_ranks(tensor, messages, monkeypatch):
         messages(True)
         context.model(x).sum().backward()
         dist.barrier()
-        messages(False)
+        return sum(summed), messages(False)[f"rank {rank}"]
 
-    monkeypatch.setattr(ThreadGroup, "allreduce", counting)
-    run_threads(rank_main, tensor)
+    monkeypatch.setattr(dist, "all_reduce", counting)
+    sums, sent = zip(*run_processes(rank_main, tensor, fork=True), strict=True)
     cost = step_cost(make(), shape, tensor=tensor)
-    assert set(summed.values()) == {cost.tensor_forward + cost.tensor_backward}
-    real = messages(False)
-    assert 2 * cost.fused_sent == max(real[f"rank {rank}"] for rank in range(tensor))
+    assert set(sums) == {cost.tensor_forward + cost.tensor_backward}
+    assert 2 * cost.fused_sent == max(sent)
     planned = next(
         p for p in plan_layouts(make(), input_shape=shape, world=tensor, batch_size=2).layouts if p.tensor == tensor
     )
-    assert planned.tensor_bytes == pytest.approx(2 * (tensor - 1) / tensor * summed[0] + 2 * cost.fused_sent, abs=1)
+    assert planned.tensor_bytes == pytest.approx(2 * (tensor - 1) / tensor * sums[0] + 2 * cost.fused_sent, abs=1)
 
 
 def test_bytes_of_gradients_and_parameters():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_parallel import apply_ddp, clip_grad_norm_, parallelize, sync_domain_gradients
 from credit_parallel.app.config import RunConfig
 from credit_parallel.reducer import IDLE_ROUNDS, reducer_of
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def make():
-    """Drawn apart, since threads share torch's generator."""
+    """Drawn by a generator of its own."""
     net, generator = Net().double(), torch.Generator().manual_seed(0)
     for p in net.parameters():
         p.data.copy_(torch.randn(p.shape, dtype=torch.float64, generator=generator) * 0.3)
@@ -86,9 +86,9 @@ def on_rank(rank, domain, *args, data="ddp"):
     return train(parallelize(make(), conf_of(domain, data), check_batches=0), *args)
 
 
-def check(world, domain, *args, run=run_threads):
+def check(world, domain, *args, fork=True):
     norms, missing, weights = train(parallelize(make(), {"trainer": {"parallelism": {}}}), *args)
-    for own_norms, own_missing, own_weights in run(on_rank, world, domain, *args):
+    for own_norms, own_missing, own_weights in run_processes(on_rank, world, domain, *args, fork=fork):
         torch.testing.assert_close(torch.tensor(own_norms), torch.tensor(norms), rtol=1e-12, atol=1e-12)
         assert own_missing == missing
         torch.testing.assert_close(own_weights, weights, rtol=1e-12, atol=1e-12)
@@ -127,7 +127,7 @@ def test_accumulated(world, domain, plan, direct):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["unfrozen", "used by one sample"])
 def test_on_processes(plan):
-    check(4, 2, PLANS[plan], "adamw", 2, True, run=run_processes)
+    check(4, 2, PLANS[plan], "adamw", 2, True, fork=False)
 
 
 used = st.sets(st.sampled_from(list(INNER)))
@@ -146,13 +146,13 @@ def test_any_plan(plan, layout, parts):
 
 def test_nothing_more_is_sent_in_steady_state(monkeypatch):
     """One bucket a backward; and a parameter that is no longer used costs nothing after a while."""
-    sent: dict[int, list[int]] = {0: [], 1: []}
+    mine: list[int] = []  # a fork has a list of its own
     import credit_parallel.reducer as module
 
     original = module.dist.all_reduce
 
     def counting(flat, **kwargs):
-        sent[module.dist.get_rank()].append(flat.numel())
+        mine.append(flat.numel())
         return original(flat, **kwargs)
 
     monkeypatch.setattr(module.dist, "all_reduce", counting)
@@ -161,7 +161,6 @@ def test_nothing_more_is_sent_in_steady_state(monkeypatch):
     def rank_main(rank):
         context = parallelize(make(), conf_of(1), check_batches=0)
         count = len(list(context.model.parameters()))
-        mine = sent[rank]
         mine.clear()
         found = []
         optimizer = torch.optim.SGD(context.model.parameters(), 0.1)
@@ -177,7 +176,7 @@ def test_nothing_more_is_sent_in_steady_state(monkeypatch):
         unused = sum(p.numel() for i in (2, 3, 4) for p in context.model.module.parts[i].parameters())
         return count, whole, unused, found
 
-    for count, whole, unused, found in run_threads(rank_main, 2):
+    for count, whole, unused, found in run_processes(rank_main, 2, fork=True):
         assert found[:-1] == [[whole + count]] * (len(plan) - 1)
         assert found[-1] == [whole - unused + count]
 
@@ -196,7 +195,7 @@ def test_buckets_are_sent_before_the_backward_ends():
         wrapped(x, ALL).square().mean().backward()
         return early, len(reducer_of(net)._buckets), [p.grad.clone() for p in net.parameters()]
 
-    (early, buckets, first), (_, _, second) = run_threads(rank_main, 2)
+    (early, buckets, first), (_, _, second) = run_processes(rank_main, 2, fork=True)
     assert buckets > 3
     assert early[0] >= buckets - 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -230,7 +229,7 @@ def test_a_backward_that_failed_leaves_nothing_behind():
     plain = make()
     x = torch.randn(2, 1, 2, HEIGHT, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     plain(x[:, 0], NONE).square().mean().backward()
-    for grads in run_threads(rank_main, 2):
+    for grads in run_processes(rank_main, 2, fork=True):
         for grad, p in zip(grads, plain.parameters(), strict=True):
             assert (grad is None) == (p.grad is None)
             if grad is not None:
@@ -250,7 +249,7 @@ def test_a_rank_whose_loss_reaches_no_parameter():
 
     plain = make()
     plain(torch.ones(1, 2, HEIGHT, WIDTH, dtype=torch.float64), NONE).sum().backward()
-    for grads in run_threads(rank_main, 2, timeout=60):
+    for grads in run_processes(rank_main, 2, timeout=60, fork=True):
         for grad, p in zip(grads, plain.parameters(), strict=True):
             assert (grad is None) == (p.grad is None)
             if grad is not None:
@@ -274,7 +273,7 @@ def test_parameters_that_join_later_are_refused_by_name(data):
         ):
             step()
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 class Buffered(nn.Module):
@@ -304,7 +303,7 @@ def test_several_forwards_before_a_backward_with_buffers():
             wrapped(torch.ones(1, 2, 4, 4))
         return net.norm.running_mean.clone(), net.conv.weight.grad.clone()
 
-    (means, grads), (others, theirs) = run_threads(rank_main, 2)
+    (means, grads), (others, theirs) = run_processes(rank_main, 2, fork=True)
     assert torch.equal(means, others)
     assert torch.equal(grads, theirs)
 
@@ -325,7 +324,7 @@ def test_what_ddp_does_not_do_is_refused_by_name():
         with pytest.raises(ValueError, match="register_comm_hook"):
             wrapped.register_comm_hook(None, None)
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 def test_find_unused_parameters_is_a_known_key():

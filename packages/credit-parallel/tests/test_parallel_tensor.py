@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from credit_domain import convert_to_domain_parallel
 from credit_halo import all_sum
-from credit_halo.testing import run_processes, run_threads
+from credit_halo.testing import run_processes
 from credit_mesh import initialize_domain_parallel
 from credit_parallel.tensor_parallel import (
     _is_tp_sharded_param,
@@ -218,7 +218,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def build(*kinds: Callable[..., nn.Module], seed: int = 0, bias: bool = True) -> nn.Sequential:
-    """The same weights on every rank, from a generator of their own: ranks that are threads share torch's."""
+    """The same weights on every rank, from a generator of their own."""
     model, generator = nn.Sequential(*(kind(bias) for kind in kinds)).double(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -248,7 +248,7 @@ def mesh_of(size: int, name: str = "tp") -> DeviceMesh:
 
 
 def on_ranks(size: int, fn: Callable[[int, DeviceMesh], Any]) -> list[Any]:
-    return run_threads(lambda rank: fn(rank, mesh_of(size)), size)
+    return run_processes(lambda rank: fn(rank, mesh_of(size)), size, fork=True)
 
 
 def check_parity(model: nn.Module, whole: Tensor, size: int, apply: Callable[..., nn.Module]) -> None:
@@ -398,7 +398,7 @@ def test_a_mesh_of_another_name() -> None:
         with pytest.raises(ValueError, match="must be the 1-D mesh of the tp axis"):
             apply_tensor_parallel(build(Mlp), init_device_mesh("cpu", (2, 1)))
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 # How it works together with the rest of torch
@@ -482,8 +482,8 @@ def fsdp_over_dp(rank: int, model: nn.Module) -> None:
         apply_tensor_parallel(model, mesh["tp"])
 
 
-def test_fully_shard_on_a_mesh_of_threads() -> None:
-    run_threads(fsdp_over_dp, 4, build(*LINEAR))
+def test_fully_shard_on_a_mesh_of_forks() -> None:
+    run_processes(fsdp_over_dp, 4, build(*LINEAR), fork=True)
 
 
 @pytest.mark.slow
@@ -530,7 +530,7 @@ def test_with_sharded_rows() -> None:
         assert apply_tensor_parallel(parallel, mesh["tp"]) is parallel
         parallel.load_state_dict(model.state_dict())
 
-    run_threads(rank_main, 4)
+    run_processes(rank_main, 4, fork=True)
 
 
 def test_on_the_meta_device() -> None:
@@ -549,19 +549,19 @@ def test_on_the_meta_device() -> None:
 
 
 def test_layers_that_read_the_same_tensor_share_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, real = {0: 0, 1: 0}, dist.all_reduce
+    calls, real = [], dist.all_reduce  # a fork has a list of its own
 
     def rank_main(rank: int, mesh: DeviceMesh) -> tuple[int, int]:
         model = apply_tensor_parallel(build(Attention), mesh)
         for _ in range(2):
-            counts[rank] = 0
+            calls.clear()
             loss = model(randn(3, CHANNELS).requires_grad_()).sum()
-            forward = counts[rank]
+            forward = len(calls)
             loss.backward()
-        return forward, counts[rank] - forward
+        return forward, len(calls) - forward
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        counts[dist.get_rank()] += 1
+        calls.append(dist.get_rank())
         return real(*args, **kwargs)
 
     monkeypatch.setattr(dist, "all_reduce", counting)
@@ -633,14 +633,15 @@ def test_an_undeclared_partial_gradient_is_found() -> None:
 
 
 def test_nothing_opted_in(caplog: pytest.LogCaptureFixture) -> None:
-    def rank_main(rank: int, mesh: DeviceMesh) -> None:
+    def rank_main(rank: int, mesh: DeviceMesh) -> str:
         apply_tensor_parallel(nn.Linear(2, 2), mesh)
         with pytest.raises(ValueError, match="no block of Sequential declares _tp_plan, so there is nothing to divide"):
             apply_native_tensor_parallel(build(Mlp), mesh)
+        return caplog.text
 
     with caplog.at_level(logging.WARNING):
-        on_ranks(2, rank_main)
-    assert "no block of Linear declares _tp_col and _tp_row: all 2 tp ranks compute the same" in caplog.text
+        texts = on_ranks(2, rank_main)
+    assert "no block of Linear declares _tp_col and _tp_row: all 2 tp ranks compute the same" in "".join(texts)
 
 
 # Refusals
@@ -791,7 +792,11 @@ def test_refused(case: str) -> None:
 def test_declared_as_one_part() -> None:
     """What looks fused and is not."""
     model = block(out=24, inner=12, _tp_parts={"up": 1, "down": 1}, heads=3, _tp_heads=())
-    on_ranks(2, lambda rank, mesh: apply_tensor_parallel(copy.deepcopy(model), mesh))
+
+    def rank_main(rank: int, mesh: DeviceMesh) -> None:
+        apply_tensor_parallel(copy.deepcopy(model), mesh)
+
+    on_ranks(2, rank_main)
 
 
 def test_refused_plans() -> None:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from credit_domain import convert_to_domain_parallel, gather_tensor, shard_tensor
-from credit_halo.testing import run_threads
+from credit_halo.testing import run_processes
 from credit_mesh import initialize_domain_parallel
 from credit_parallel.mesh import build_device_mesh, get_dp_group, register_dp_group
 from credit_parallel.tensor_parallel import (
@@ -54,7 +54,7 @@ KINDS = {"conv": (TpColConv2d, TpRowConv2d), "linear": (TpColLinear, TpRowLinear
 
 
 def build(kind="conv", bias=True, seed=0):
-    """The same weights on every rank, from a generator of their own: ranks that are threads share torch's."""
+    """The same weights on every rank, from a generator of their own."""
     model, generator = Pair(kind, bias).double(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,7 +125,7 @@ def test_like_the_plain_layers(kind, size, bias, as_mesh):
         model.load_state_dict(whole)
         torch.testing.assert_close(copy.deepcopy(model)(x), other(x), **EXACT)
 
-    run_threads(rank_main, size)
+    run_processes(rank_main, size, fork=True)
 
 
 @pytest.mark.parametrize(("size", "domain"), [(4, 2), (6, 2)])
@@ -152,7 +152,7 @@ def test_together_with_domain_ranks(size, domain, rows):
             dist.all_reduce(value, group=manager.domain_group)
         torch.testing.assert_close(summed, {n: p.grad for n, p in plain.named_parameters()}, **EXACT)
 
-    run_threads(rank_main, size)
+    run_processes(rank_main, size, fork=True)
 
 
 REFUSED = {
@@ -176,7 +176,7 @@ def test_refused_on_all_ranks_alike(case):
             TpColLinear(nn.Linear(4, 5 if rank else 4), dist.group.WORLD)
         return str(raised.value)
 
-    first, second = run_threads(rank_main, 2)
+    first, second = run_processes(rank_main, 2, fork=True)
     assert first == second
 
 
@@ -193,7 +193,7 @@ def test_a_row_layer_behind_all_channels():
         with pytest.raises(ValueError, match="expected this rank's 2 of 4 input channels"):
             row(torch.zeros(3, 4))
 
-    run_threads(rank_main, 2)
+    run_processes(rank_main, 2, fork=True)
 
 
 # Plans
@@ -233,7 +233,8 @@ def test_blocks_with_spectral_normalisation_stay_whole(norm, both, caplog):
         sync_replicated_gradients(model, mesh.get_group())
         assert isinstance(model[0].up.weight, DTensor) is not both
         assert not isinstance(model[1].up.weight, DTensor)
+        return caplog.text
 
     with caplog.at_level(logging.WARNING):
-        run_threads(rank_main, 2)
-    assert f"{2 if both else 1} of 2 blocks that declare _tp_plan stay whole" in caplog.text
+        texts = run_processes(rank_main, 2, fork=True)
+    assert f"{2 if both else 1} of 2 blocks that declare _tp_plan stay whole" in "".join(texts)
