@@ -139,6 +139,11 @@ def test_output_size_out_of_range():
         layer = DomainParallelConvTranspose2d(nn.ConvTranspose2d(1, 1, 3, 2, 1), label="up1")
         with pytest.raises(ValueError, match="up1: output_size asks for 11 rows; .* it can be 9 to 10"):
             layer(torch.ones(1, 1, 3 - rank, 4), output_size=(11, 8))
+        for columns in (6, 9):
+            with pytest.raises(ValueError, match=rf"up1: .* \(9, {columns}\) is not within .*, 7\] and .*, 8\]"):
+                layer(torch.ones(1, 1, 3 - rank, 4), output_size=(9, columns))
+        with pytest.raises(ValueError, match=r"up1: output_size must have 2 sizes; got \(9,\)"):
+            layer(torch.ones(1, 1, 3 - rank, 4), output_size=(9,))
 
     run_threads(rank_main, 2)
 

@@ -2,29 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from credit_halo.extend import gone
+
 # A wrapper answers for the module that it wraps: one set of parameters, buffers, children and hooks, under the names
 # that they have there. torch has no public way for two modules to be one, so they share the dicts that hold all that.
-# A fresh module tells which dicts a module has in this version of torch.
-SHARED = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-# Not a dict, and set by the registration of a hook: says which kind of backward hooks the shared dict holds.
-COPIED = ("_is_full_backward_hook", "training")
+# A fresh module tells which dicts a module has in this version of torch, and what else: its mode, and which kind of
+# backward hooks the shared dict holds.
+_FRESH = vars(nn.Module())
+SHARED = tuple(name for name, value in _FRESH.items() if isinstance(value, (dict, set)))
+COPIED = tuple(name for name in _FRESH if name not in SHARED)
+
+COMPILED = "_orig_mod."
+"""What torch.compile adds to the names of what it wraps."""
+
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""What torch's wrapper for activation checkpoints adds to names of modules, and leaves out of a state dict."""
+
+ADDED_NAMES = re.compile(f"(?:{re.escape(CHECKPOINTED)}|{re.escape(COMPILED)})")
 
 
 def share(wrapper: nn.Module, wrapped: nn.Module) -> None:
     """Let a wrapper have the parameters, buffers, children and hooks of another module as its own."""
-    for name in SHARED:
+    missing = sorted({"_parameters", "_buffers", "_modules"} - set(SHARED))
+    if missing:
+        what = "a converted layer cannot have the parameters of the module that it wraps"
+        raise gone(f"dict torch.nn.Module.{missing[0]}", what)
+    for name in (*SHARED, *COPIED):
         wrapper.__dict__[name] = wrapped.__dict__[name]
-    for name in COPIED:
-        wrapper.__dict__[name] = wrapped.__dict__[name]
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of a module itself, with those that are None.
+
+    ``named_parameters`` leaves out those that are None, and ``getattr`` finds a property of the same name first. This
+    and the two below are what hooks, parametrisations and wrappers of torch work on.
+    """
+    try:
+        return module._parameters
+    except AttributeError as error:
+        raise gone("torch.nn.Module._parameters", "a module's own parameters are not found") from error
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of a module itself, with those that are None."""
+    try:
+        return module._buffers
+    except AttributeError as error:
+        raise gone("torch.nn.Module._buffers", "a module's own buffers are not found") from error
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of a module, with those that are None.
+
+    ``named_children`` leaves out a child that stands there twice, and to replace one by ``setattr`` runs what the
+    module's class does then.
+    """
+    try:
+        return module._modules
+    except AttributeError as error:
+        raise gone("torch.nn.Module._modules", "a module's children are not found") from error
+
+
+def set_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
+    """Give a module children of its own, instead of those that it shares with another."""
+    module.__dict__["_modules"] = dict(children)
+
+
+def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """What a module calls before its forward; the handle that removes one has only who registered it."""
+    try:
+        return module._forward_pre_hooks
+    except AttributeError as error:
+        raise gone("torch.nn.Module._forward_pre_hooks", "the hooks of a module are not found") from error
+
+
+_never = itertools.count(-1, -1)
 
 
 def version_of(x: Tensor) -> int:
-    """How often a tensor has been changed in place: what autograd looks at, and there is no public name for it."""
-    return x._version
+    """How often a tensor has been changed in place: what autograd looks at, and there is no public name for it.
+
+    Without it, a number that no tensor had before: whoever asks takes the tensor for another one then.
+    """
+    try:
+        return x._version
+    except AttributeError:
+        return next(_never)
 
 
 def apply_to_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
@@ -33,4 +103,24 @@ def apply_to_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> N
     This is what ``module.to`` calls, and modules that must do more when they are moved override it. The public ways to
     it offer no cast that treats complex tensors apart.
     """
-    module._apply(change)  # type: ignore[no-untyped-call]
+    try:
+        apply = module._apply
+    except AttributeError as error:
+        raise gone("torch.nn.Module._apply", "a module cannot be cast as a whole") from error
+    apply(change)  # type: ignore[no-untyped-call]
+
+
+def computing_methods(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The methods of a class of torch that a subclass may override to compute something else."""
+    if not issubclass(kind, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "forward", "__call__"
+    if not hasattr(kind, "_conv_forward"):
+        what = f"a subclass of torch.nn.{kind.__name__} that computes something else is not told from one that does not"
+        raise gone(f"torch.nn.{kind.__name__}._conv_forward", what)
+    return "forward", "__call__", "_conv_forward"
+
+
+def copy_metadata(given: Mapping[str, Any], copied: Any) -> None:
+    """What torch keeps of versions of modules lies beside the entries of its own kind of state dict."""
+    if hasattr(given, "_metadata"):
+        copied._metadata = given._metadata

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from credit_domain._torch_private import children_of
 from credit_domain.engine.layer import Fate
 from credit_domain.model.fates import (
     ConvertedModule,
@@ -169,7 +170,7 @@ def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: Conversion
 def _apply(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
     """Put every replacement wherever the module that it replaces stands."""
     for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
+        for name, child in list(children_of(module).items()):
             if child is not None and id(child) in made:
                 _replace_module(module, name, child, made[id(child)])
     return made.get(id(model), model)
@@ -177,9 +178,9 @@ def _apply(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
 
 def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_module: nn.Module) -> None:
     """Put a module in the place of a child of that name."""
-    if parent._modules.get(name) is not old_module:
+    if children_of(parent).get(name) is not old_module:
         raise ValueError(f"{type(parent).__name__} has no child {name!r} that is the module to be replaced")
-    parent._modules[name] = new_module
+    children_of(parent)[name] = new_module
 
 
 def _settle(model: nn.Module, manager: Any) -> None:

@@ -4,14 +4,25 @@
 
 from __future__ import annotations
 
-import logging
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.library import EffectType
 
-logger = logging.getLogger(__name__)
+
+def gone(name: str, without: str) -> RuntimeError:
+    """The error where torch has no longer, or not yet, a private name for which there is no substitute.
+
+    Args:
+        name: The name.
+        without: What cannot be done without it.
+    """
+    return RuntimeError(
+        f"torch {torch.__version__} has no {name}. Without this private name {without}. Install a version of torch "
+        "with which these packages were tried: docs/compatibility.md lists them"
+    )
 
 
 def group_by_name(name: str) -> ProcessGroup:
@@ -20,32 +31,27 @@ def group_by_name(name: str) -> ProcessGroup:
     An operator that torch.compile traces takes the name of a group, not the group. torch's own functional
     collectives turn it back with this function; there is no public one.
     """
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return, arg-type, unused-ignore]
-
-
-def store_of_world(prefix: str) -> Any:
-    """A part of the store through which the ranks met: the only way to ask who is alive once a collective has failed.
-
-    A program that calls ``init_process_group`` without a store has no public way to the one that was made for it.
-    """
-    return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+    try:
+        resolve: Any = distributed_c10d._resolve_process_group
+    except AttributeError as error:
+        what = "torch.distributed.distributed_c10d._resolve_process_group"
+        raise gone(what, "an operator cannot find its process group") from error
+    return resolve(name)  # type: ignore[no-any-return]
 
 
 def groups_of_process() -> list[ProcessGroup]:
     """All groups that this process is a member of, those too that DeviceMesh made for itself; nothing public tells."""
-    return list(distributed_c10d._world.pg_map)
+    try:
+        return list(distributed_c10d._world.pg_map)
+    except AttributeError as error:
+        what = "torch.distributed.distributed_c10d._world.pg_map"
+        raise gone(what, "the timeouts of groups that there are already cannot be set") from error
 
 
 def change_timeout(group: ProcessGroup, timeout: timedelta) -> bool:
-    """Set the timeout of a group that there is already; whether its backend has one.
-
-    The method of the group is younger than torch 2.8, and what came before it is private.
-    """
+    """Set the timeout of a group that there is already; whether its backend has one."""
     try:
-        if hasattr(group, "set_timeout"):
-            group.set_timeout(timeout)
-        else:
-            distributed_c10d._set_pg_timeout(timeout, group)
+        group.set_timeout(timeout)
     except (RuntimeError, NotImplementedError):  # ranks as threads
         return False
     return True
@@ -61,30 +67,34 @@ def keep_order(op: Any) -> None:
     to reorder operators which do not depend on each other, does not do the same on each rank, and then they wait for
     each other for ever. torch calls what must be neither dropped nor reordered an effect.
     """
-    if hasattr(op, "register_effect"):
-        from torch.library import EffectType
-
-        op.register_effect(EffectType.ORDERED)
-    else:  # before it was a method of operators
-        from torch._higher_order_ops import effects
-
-        effects._register_effectful_op(op._opoverload, effects._EffectType.ORDERED)
+    op.register_effect(EffectType.ORDERED)
     _waiting.append(op)
 
 
 def prepare_inductor() -> None:
     """Tell inductor about the order, once; does nothing outside of torch.compile, where nobody pays for the import."""
-    if not _waiting or torch._guards.TracingContext.try_get() is None:
+    if not _waiting or not _tracing():
         return
+    while _waiting:
+        try:
+            _lower_in_order(_waiting[-1]._opoverload)
+        except (ImportError, AttributeError) as error:
+            raise _unordered(error) from error
+        _waiting.pop()
+
+
+def _tracing() -> bool:
+    """Whether torch.compile is at work; where nothing tells, yes, at the price of an import."""
     try:
-        while _waiting:
-            _lower_in_order(_waiting.pop()._opoverload)
-    except (ImportError, AttributeError) as error:
-        logger.warning(
-            "the order of exchanges in code compiled by inductor cannot be kept with torch %s (%s): compile with "
-            "options={'reorder_for_peak_memory': False}",
-            *(torch.__version__, error),
-        )
+        return torch._guards.TracingContext.try_get() is not None
+    except AttributeError:
+        return True
+
+
+def _unordered(error: Exception) -> RuntimeError:
+    """Ranks that do not exchange in one order wait for each other for ever, or take each other's rows."""
+    what = "code that inductor compiles cannot keep exchanges in the order of the program: leave torch.compile out"
+    return gone(f"such torch._inductor as this package builds on ({error})", what)
 
 
 def _lower_in_order(op: Any) -> None:
@@ -99,9 +109,12 @@ def _lower_in_order(op: Any) -> None:
 
     def lower_after_the_last(*args: Any, **kwargs: Any) -> Any:
         graph: Any = V.graph
-        first = len(graph.operations)
+        try:
+            before, deps = len(graph.operations), graph.additional_buffer_deps
+        except AttributeError as error:
+            raise _unordered(error) from error
         result = lower(*args, **kwargs)
-        created = [operation for operation in graph.operations[first:] if not isinstance(operation, MultiOutput)]
+        created = [operation for operation in graph.operations[before:] if not isinstance(operation, MultiOutput)]
         last = getattr(graph, "_credit_halo_last", None)
         if not isinstance(result, (list, tuple)) and 0 in result.get_size():
             raise ValueError(
@@ -110,7 +123,7 @@ def _lower_in_order(op: Any) -> None:
             )
         for operation in created:
             if last is not None:
-                graph.additional_buffer_deps[operation.get_operation_name()].add(last)
+                deps[operation.get_operation_name()].add(last)
         graph._credit_halo_last = created[-1].get_name()
         return result
 

@@ -16,12 +16,14 @@ Exchanges as parts of them: :data:`ops`, :data:`plans`, :func:`misfit`, :func:`e
 operators ``torch.ops.credit_halo.sum(x, group, compiled)`` and ``broadcast(x, src, group, compiled)`` take the name of
 a group, as compiled code must.
 
+What torch may take away: :func:`gone`, the error where a private name of torch is not there.
+
 What changes the process outside of these packages: :func:`share_cores`, :func:`allow_recompilations`,
 :func:`end_process`; each can be switched off by the environment.
 """
 
 from credit_halo import debug, ops
-from credit_halo._torch_private import keep_order, prepare_inductor
+from credit_halo._torch_private import gone, keep_order, prepare_inductor
 from credit_halo.agreement import agree, has_agreed
 from credit_halo.bounded import Bounded
 from credit_halo.faults import break_group, refuse_broken
@@ -46,6 +48,7 @@ __all__ = [
     "debug",
     "empty_rows",
     "end_process",
+    "gone",
     "group_by_name",
     "has_agreed",
     "keep_order",

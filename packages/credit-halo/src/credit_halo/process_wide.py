@@ -92,11 +92,11 @@ def allow_recompilations(least: int) -> None:
 
     For torch without an argument ``recompile_limit`` of ``torch.compile``, which asks that of one function.
     """
-    import torch._dynamo
+    import torch.compiler.config
 
-    config: Any = torch._dynamo.config
+    config: Any = torch.compiler.config
     if _allowed(RECOMPILE) and config.recompile_limit < least:
-        config.recompile_limit = least  # the public name of the setting is younger than torch 2.8
+        config.recompile_limit = least
         _say(RECOMPILE, f"torch.compile may make {least} versions of a function now")
 
 

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
 
-from credit_halo._torch_private import store_of_world
 from credit_mesh import get_domain_parallel_manager
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class _Answers:
     def __init__(self, world: ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.period = max(0.5, self.size / RANKS_PER_SECOND)
-        self.store = store_of_world("credit_halo")
+        # The store through which the ranks met: the only way to ask who is alive once a collective has failed.
+        self.store = PrefixStore("credit_halo", world.get_group_store())
         self._world = ref(world)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="answers to other ranks", daemon=True)

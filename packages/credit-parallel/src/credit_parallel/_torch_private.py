@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from credit_halo.extend import allow_recompilations
+from credit_domain.extend import COMPILED
+from credit_halo.extend import allow_recompilations, gone
 
 
 def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -24,15 +24,24 @@ def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
     Parameters that are sharded over dp x domain and over tp live on both meshes, which must come from one root. A mesh
     of one's own, made with the public constructor, has another; there is no public way to merge axes.
     """
-    return mesh._flatten(name)
+    try:
+        merge = mesh._flatten
+    except AttributeError as error:
+        what = (
+            "axes of a mesh cannot be merged: neither fold_domain nor apply_fsdp2 with complex parameters on two axes"
+        )
+        raise gone("torch.distributed.device_mesh.DeviceMesh._flatten", f"{what} works") from error
+    return merge(name)
 
 
 def root_of(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that an axis was taken from: an axis by itself does not tell which other axes the world has."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    resources: Any = device_mesh._mesh_resources  # type: ignore[attr-defined, unused-ignore]
-    return resources.get_root_mesh(mesh)  # type: ignore[no-any-return]
+    try:
+        root = mesh._get_root_mesh
+    except AttributeError as error:
+        what = "an axis of a mesh does not tell the others: pass a manager to apply_domain_parallel. Otherwise"
+        raise gone("torch.distributed.device_mesh.DeviceMesh._get_root_mesh", what) from error
+    return root()
 
 
 def offsets_of(tensor: DTensor) -> list[tuple[int, ...]]:
@@ -42,12 +51,22 @@ def offsets_of(tensor: DTensor) -> list[tuple[int, ...]]:
     """
     if tensor.device_mesh.get_coordinate() is None:
         return []
-    return [tuple(chunk.offsets) for chunk in tensor.__create_chunk_list__()]  # type: ignore[no-untyped-call]
+    try:
+        chunks: Any = tensor.__create_chunk_list__
+    except AttributeError as error:
+        what = "a checkpoint cannot be written or read, as nothing tells which part of a tensor a rank has"
+        raise gone("torch.distributed.tensor.DTensor.__create_chunk_list__", what) from error
+    return [tuple(chunk.offsets) for chunk in chunks()]
 
 
 def after_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward that is running has ended; how DDP and FSDP wait for their messages."""
-    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined, unused-ignore]
+    try:
+        queue: Any = Variable._execution_engine.queue_callback  # type: ignore[attr-defined, unused-ignore]
+    except AttributeError as error:
+        what = "gradients cannot be averaged at the end of the backward: neither DDP nor FSDP2 can be used"
+        raise gone("torch.autograd.Variable._execution_engine.queue_callback", what) from error
+    queue(callback)
 
 
 def current_backward() -> int:
@@ -55,7 +74,11 @@ def current_backward() -> int:
 
     A backward that failed never calls back. Only its number tells that the next gradient is of another backward.
     """
-    return int(torch._C._current_graph_task_id())
+    try:
+        return int(torch._C._current_graph_task_id())
+    except AttributeError as error:
+        what = "a backward is not told from one that failed before it, and gradients would be those of both"
+        raise gone("torch._C._current_graph_task_id", what) from error
 
 
 def leave_to_others(module: nn.Module, names: Iterable[str]) -> None:
@@ -63,24 +86,80 @@ def leave_to_others(module: nn.Module, names: Iterable[str]) -> None:
 
     It cannot reduce DTensors, and would keep a second copy of all gradients for what it does not send.
     """
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))  # type: ignore[no-untyped-call]
+    _tell_ddp()(module, list(names))
 
 
 def left_to_others(module: nn.Module) -> list[str]:
     """The names that :func:`leave_to_others` gave for a module; nothing public tells."""
+    _tell_ddp()
     return list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
 
 
+@functools.cache
+def _tell_ddp() -> Callable[..., Any]:
+    """How DDP is told, once it is seen to write that where it is looked for here."""
+    what = "DistributedDataParallel cannot leave parameters to others, and would average them twice"
+    try:
+        tell: Callable[..., Any] = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    except AttributeError as error:
+        name = "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
+        raise gone(name, what) from error
+    tried = nn.Module()
+    tell(tried, ["weight"])
+    if getattr(tried, "_ddp_params_and_buffers_to_ignore", None) != ["weight"]:
+        raise gone("attribute _ddp_params_and_buffers_to_ignore of modules in DistributedDataParallel", what)
+    return tell
+
+
 def is_view(x: Tensor) -> bool:
-    """Whether autograd knows a tensor as a view of another; nothing public tells."""
-    return x._base is not None
+    """Whether autograd knows a tensor as a view of another; nothing public tells, and yes where nothing does."""
+    try:
+        return x._base is not None
+    except AttributeError:
+        return True
+
+
+def compiled_of(model: Any) -> nn.Module | None:
+    """The module that torch.compile made a model of; None if it is no such model."""
+    inner = getattr(model, COMPILED.rstrip("."), None)
+    if isinstance(inner, nn.Module):
+        return inner
+    if type(model).__name__ == "OptimizedModule":
+        what = "the model inside of a compiled one is not found: compile it in place, by model.compile()"
+        raise gone("torch._dynamo.OptimizedModule._orig_mod", f"{what}. Otherwise")
+    return None
+
+
+def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into tensors, with few kernels on a GPU; one by one where torch has no such function."""
+    if hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(tensors, values)
+        return
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def scale_all(tensors: list[Tensor], scale: Tensor) -> None:
+    """Multiply tensors by a number, in place; otherwise as :func:`copy_all`."""
+    if hasattr(torch, "_foreach_mul_"):
+        torch._foreach_mul_(tensors, scale)
+        return
+    for tensor in tensors:
+        tensor.mul_(scale)
+
+
+def norms_of(tensors: list[Tensor], p: float, dtype: torch.dtype) -> list[Tensor]:
+    """The norm of each tensor; otherwise as :func:`copy_all`."""
+    if hasattr(torch, "_foreach_norm"):
+        return list(torch._foreach_norm(tensors, p, dtype=dtype))
+    return [torch.linalg.vector_norm(tensor, p, dtype=dtype) for tensor in tensors]
 
 
 def compiled(function: Callable[..., Any], versions: int) -> Callable[..., Any]:
     """A function compiled as one graph, of which torch may make so many versions.
 
     Blocks of a class share its code, and each shape of theirs is a version, in training and without gradients. Before
-    ``torch.compile`` had an argument for it, the limit was one of the whole process.
+    torch 2.12 ``torch.compile`` has no argument for it, and the limit is one of the whole process.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         limited: Any = functools.partial(torch.compile, recompile_limit=max(versions, 8))

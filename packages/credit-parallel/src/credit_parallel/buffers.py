@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from credit_mesh import DomainParallelManager
 from credit_parallel.collectives import broadcast_tensors
@@ -44,7 +43,7 @@ def tell_replica_statistics(model: nn.Module, replicas: int) -> list[str]:
     names = [
         name
         for name, part in model.named_modules()
-        if isinstance(_wrapped(part), _BatchNorm) and not isinstance(_wrapped(part), nn.SyncBatchNorm) and part.training
+        if isinstance(_wrapped(part), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and part.training
     ]
     if replicas > 1 and names and dist.get_rank() == 0:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from credit_halo import naming_missing_ranks
 from credit_halo.extend import agree, as_bytes
+from credit_parallel._torch_private import copy_all, norms_of, scale_all
 from credit_parallel.contract import device_of, gather_numbers
 
 BUCKET_BYTES = 1 << 26
@@ -129,7 +130,7 @@ def _in_buckets(tensors: Iterable[Tensor], act: Callable[[Tensor], None], device
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(there)
         act(flat)
         parts = torch.split(flat.to(bucket[0].device), [tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
+        copy_all(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -243,7 +244,7 @@ def clip_grad_norm_(
     total = _total_norm([(p.grad, p) for p in params], norm_type, error_if_nonfinite)
     scale = (float(max_norm) / (total + 1e-6)).clamp(max=1.0)
     for local in _by_kind(local_of(p.grad) for p in params if p.grad is not None):
-        torch._foreach_mul_(local, scale.to(local[0].device))
+        scale_all(local, scale.to(local[0].device))
     return total
 
 
@@ -308,7 +309,7 @@ def _local_norm(local: Sequence[Tensor], p: float, device: torch.device, exact: 
     """Norm of this rank's entries: each tensor's in float32 at least, and that of those in double precision."""
     parts = []
     for tensors in _by_kind(local):
-        norms = torch._foreach_norm(tensors, p, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+        norms = norms_of(tensors, p, torch.promote_types(tensors[0].dtype, torch.float32))
         parts.append(torch.stack(norms).abs().to(device, exact))
     if not parts:
         return torch.zeros((), dtype=exact, device=device)

@@ -19,7 +19,7 @@ from credit_domain.sharding import gather_tensor, shard_tensor
 from credit_halo import naming_missing_ranks, take_rows
 from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager, RowPartition, initialize_domain_parallel
-from credit_parallel._torch_private import root_of
+from credit_parallel._torch_private import compiled_of, root_of
 from credit_parallel.collectives import allreduce_grads_avg, start_equal
 from credit_parallel.contract import device_of
 from credit_parallel.reducer import reducer_of, refuse_strangers
@@ -80,8 +80,8 @@ def get_raw_model(model: Any) -> Any:
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+        elif (inner := compiled_of(model)) is not None:
+            model = inner
         else:
             return model
 

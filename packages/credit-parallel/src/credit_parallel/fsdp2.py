@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from credit_domain.extend import children_of
 from credit_mesh import AXES, RankLayout
 from credit_parallel._torch_private import flatten, is_view
 from credit_parallel.blocks import (
@@ -151,7 +152,7 @@ def _refuse_shared(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
                     f"the parameters {at} and {path + name} are one and the same, in different blocks of FSDP2: make a "
                     "module that holds both a block (trainer.fsdp2_blocks), or untie them"
                 )
-        for name, child in module._modules.items():
+        for name, child in children_of(module).items():
             if child is not None:
                 visit(child, f"{path}{name}.", block)
 

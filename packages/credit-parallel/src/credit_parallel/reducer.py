@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from credit_parallel._torch_private import after_backward, current_backward
+from credit_parallel._torch_private import after_backward, copy_all, current_backward
 from credit_parallel.collectives import local_of
 
 BUCKET_BYTES = 25 << 20
@@ -225,7 +225,7 @@ class GradientReducer:
                 means.append(sent.flat[at : at + own.numel()].view(own.shape))
             at += own.numel()
         if places:
-            torch._foreach_copy_(places, means)
+            copy_all(places, means)
 
     # The buckets
 

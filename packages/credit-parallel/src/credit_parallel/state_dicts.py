@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from credit_domain.extend import plain_names, with_plain_names
+from credit_domain.extend import COMPILED, plain_names, with_plain_names
 from credit_halo import naming_missing_ranks
 from credit_parallel.contract import device_of
 from credit_parallel.domain import get_raw_model
@@ -188,7 +188,7 @@ def names_of(model: nn.Module, opt: torch.optim.Optimizer) -> dict[Tensor, str]:
 
 def plain_name(name: str) -> str:
     """A name without what torch.compile adds to it."""
-    return name.replace("_orig_mod.", "")
+    return name.replace(COMPILED, "")
 
 
 def _misfits(model: nn.Module, own: Mapping[str, str], sd: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from credit_domain._torch_private import children_of
 from credit_domain.blocks.block import Block, worked_out
 from credit_domain.casts import cast_module
 from credit_domain.engine.layer import DomainParallelLayer
@@ -132,7 +133,7 @@ def _difference(
             if isinstance(part, DomainParallelLayer):
                 part.__dict__["manager"] = LONE_MANAGER
         plain = in_double(twin.wrapped, generator)
-        plain._modules.update(children)
+        children_of(plain).update(children)
         for name, value in attributes.items():
             setattr(plain, name, value)
         for listed in inputs:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from credit_domain._torch_private import children_of
 from credit_domain.adapters.stochastic import DomainParallelDropPath, is_drop_path
 from credit_domain.adapters.window_proof import as_if_whole, grid_of, padding_of, prove_cutting, rows_dim
 from credit_domain.adapters.window_shares import Cutting, Kind, Regrouping, regroup
@@ -169,8 +170,8 @@ def _check_children(module: nn.Module, takes: Sequence[str]) -> None:
 def _replace_dropout(module: nn.Module) -> None:
     """Let ranks drop different positions, and the same samples, as the conversion does elsewhere."""
     for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
+        for name, child in list(children_of(parent).items()):
             if type(child) is nn.Dropout:
-                parent._modules[name] = DomainParallelDropout(child)
+                children_of(parent)[name] = DomainParallelDropout(child)
             elif child is not None and is_drop_path(child):
-                parent._modules[name] = DomainParallelDropPath(child)
+                children_of(parent)[name] = DomainParallelDropPath(child)

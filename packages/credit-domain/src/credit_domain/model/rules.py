@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import credit_domain.layers  # noqa: F401 - its layers are in the table
+from credit_domain._torch_private import computing_methods
 from credit_domain.blocks.block import POINTWISE
 from credit_domain.engine.layer import LAYERS, Decision
 
@@ -45,11 +46,8 @@ def decide(module: nn.Module, shard_dim: int) -> Decision:
     return _BY_SETTINGS[known](module, shard_dim)
 
 
-_METHODS = ("forward", "__call__", "_conv_forward")
-
-
 def _overrides_forward(kind: type, base: type) -> bool:
-    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in _METHODS)
+    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in computing_methods(base))
 
 
 def _of_torch(kind: type) -> bool:

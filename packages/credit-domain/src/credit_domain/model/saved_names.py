@@ -13,18 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from credit_domain._torch_private import ADDED_NAMES, children_of, copy_metadata
 from credit_domain.layers import DomainParallelCrossEmbedBranch, DomainParallelLayer
 
 logger = logging.getLogger(__name__)
 
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _BatchNorm, _InstanceNorm)
+_NORMS = (
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.SyncBatchNorm),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHILD = re.compile(r"(?:(.*)\.)?(conv|norm)\.(.+)")
-_ADDED = re.compile(r"(?:_checkpoint_wrapped_module|_orig_mod)\.")
-"""What wrappers of torch add to names of modules, and leave out of a state dict or not."""
 
 
 def plain_names(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
@@ -43,17 +43,17 @@ def plain_names(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
     found = {name: match for name in names if isinstance(name, str) and (match := _CHILD.fullmatch(name))}
     if not found:
         return {}
-    modules = {_ADDED.sub("", name): module for name, module in model.named_modules(remove_duplicate=False)}
-    own = {_ADDED.sub("", name): name for name in model.state_dict()}
-    known = {_ADDED.sub("", name) for name in names}
+    modules = {ADDED_NAMES.sub("", name): module for name, module in model.named_modules(remove_duplicate=False)}
+    own = {ADDED_NAMES.sub("", name): name for name in model.state_dict()}
+    known = {ADDED_NAMES.sub("", name) for name in names}
     changed: dict[str, str] = {}
     meant: dict[str, list[str]] = {}
     for name, match in found.items():
         parent, child, rest = match.groups()
-        path = _ADDED.sub("", f"{parent}." if parent else "").rstrip(".")
+        path = ADDED_NAMES.sub("", f"{parent}." if parent else "").rstrip(".")
         for inner in _inside(modules.get(path), child):
             other = ".".join(part for part in (path, inner, rest) if part)
-            if _ADDED.sub("", name) not in own and other in own and other not in known:
+            if ADDED_NAMES.sub("", name) not in own and other in own and other not in known:
                 changed[name] = own[other]
                 meant.setdefault(own[other], []).append(name)
     return {name: other for name, other in changed.items() if len(meant[other]) == 1}
@@ -66,11 +66,11 @@ def _inside(module: nn.Module | None, child: str) -> Iterator[str]:
     if child == "norm":
         if isinstance(module, _NORMS):
             yield ""
-    elif isinstance(module, _ConvNd):
+    elif isinstance(module, _CONVOLUTIONS):
         yield ""
     elif isinstance(module, DomainParallelCrossEmbedBranch) or _is_branch(module):
         assert module is not None
-        yield list(module._modules)[1]
+        yield list(children_of(module))[1]
 
 
 def _is_branch(module: nn.Module | None) -> bool:
@@ -89,10 +89,8 @@ def with_plain_names(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str,
         return state
     _log(changed)
     copied = {changed.get(name, name): value for name, value in state.items()}
-    # What torch keeps of versions lies beside the entries of its own kind of dict.
     kept: Any = OrderedDict(copied)
-    if hasattr(state, "_metadata"):
-        kept._metadata = state._metadata
+    copy_metadata(state, kept)
     return cast(Mapping[str, Any], kept)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit_domain._torch_private import buffers_of, parameters_of, pre_hooks_of
 from credit_domain.casts import real_dtype_of
 from credit_domain.containers import mapped
 from credit_mesh import DomainParallelManager
@@ -104,9 +105,9 @@ def managers_of(model: nn.Module) -> dict[int, Any]:
 def drop_trials(model: nn.Module) -> nn.Module:
     """Take pending trials away from a copy: the model that it is of waits for them, and not the copy."""
     for part in model.modules():
-        for key, hook in list(part._forward_pre_hooks.items()):
+        for key, hook in list(pre_hooks_of(part).items()):
             if hasattr(hook, FIRST_CALL):
-                del part._forward_pre_hooks[key]
+                del pre_hooks_of(part)[key]
     return model
 
 
@@ -117,11 +118,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for value in module.__dict__.values():
             if isinstance(value, Tensor):
                 memo[id(value)] = torch.empty_like(value, device="meta")
-        for parameter in module._parameters.values():
+        for parameter in parameters_of(module).values():
             if parameter is not None:
                 ghost = torch.empty_like(parameter, device="meta")
                 memo[id(parameter)] = nn.Parameter(ghost, requires_grad=parameter.requires_grad)
-        for buffer in module._buffers.values():
+        for buffer in buffers_of(module).values():
             if buffer is not None:
                 memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return drop_trials(copy.deepcopy(model, memo))

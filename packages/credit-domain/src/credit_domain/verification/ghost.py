@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit_domain._torch_private import CHECKPOINTED, buffers_of, parameters_of
 from credit_domain.casts import cast_tensor
 from credit_domain.engine.layer import DomainParallelLayer
 from credit_domain.model.trace import drop_trials, managers_of
@@ -18,7 +19,6 @@ from credit_domain.verification.compare import is_number
 from credit_domain.verification.record import without_dropout
 
 Switches = dict[str, dict[str, bool | int | float | str]]
-_CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Ghost:
             if id(parameter) in names:
                 ghost = torch.empty_like(parameter, device="meta")
                 memo[id(parameter)] = nn.Parameter(ghost, requires_grad=parameter.requires_grad)
-        order = tuple(names.get(id(p)) for part in model.modules() for p in part._parameters.values() if p is not None)
+        order = tuple(
+            names.get(id(p)) for part in model.modules() for p in parameters_of(part).values() if p is not None
+        )
         return cls(drop_trials(copy.deepcopy(model, memo)), names, order)
 
     @property
@@ -73,7 +75,7 @@ class Ghost:
         model, names = copy.deepcopy(self.model), iter(self.order)
         own: dict[int, nn.Parameter] = {}
         for part in model.modules():
-            for key, parameter in part._parameters.items():
+            for key, parameter in parameters_of(part).items():
                 if parameter is None:
                     continue
                 name = next(names)
@@ -85,10 +87,10 @@ class Ghost:
                         value = _random(cast_tensor(parameter, dtype), name).to(device)
                         weights[name] = nn.Parameter(value, parameter.requires_grad)
                     made = weights[name]
-                part._parameters[key] = made
-            for key, buffer in part._buffers.items():
+                parameters_of(part)[key] = made
+            for key, buffer in buffers_of(part).items():
                 if buffer is not None:
-                    part._buffers[key] = cast_tensor(buffer, dtype, device)
+                    buffers_of(part)[key] = cast_tensor(buffer, dtype, device)
         without_dropout(model)
         return model
 
@@ -98,7 +100,7 @@ class Ghost:
         ``before`` are its switches (flags, numbers, texts) when it had just been converted.
         """
         mine, now = dict(self.model.named_modules()), switches_of(model)
-        buffers = {name.replace(_CHECKPOINTED, ""): buffer for name, buffer in model.named_buffers()}
+        buffers = {name.replace(CHECKPOINTED, ""): buffer for name, buffer in model.named_buffers()}
         for name, part in mine.items():
             if name in now:
                 was = before.get(name, {})
@@ -138,7 +140,7 @@ class Twins:
 def switches_of(model: nn.Module) -> Switches:
     """Flags, numbers and texts that the modules of a model hold, by the names of the modules."""
     return {
-        name.replace(_CHECKPOINTED, ""): {
+        name.replace(CHECKPOINTED, ""): {
             key: value for key, value in vars(_inner(part)).items() if isinstance(value, (bool, int, float, str))
         }
         for name, part in model.named_modules()

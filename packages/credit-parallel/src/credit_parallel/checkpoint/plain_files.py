@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from credit_domain.extend import with_plain_names
+from credit_domain.extend import COMPILED, with_plain_names
 from credit_parallel.checkpoint.json_values import unpack
 from credit_parallel.checkpoint.load import Opened, open_checkpoint
 from credit_parallel.checkpoint.named_state import MODEL, casts, dtype_problem, load_model, model_entries, model_problem
@@ -170,7 +170,7 @@ def _plain_names(loaded: Mapping[str, Any], key: str | None) -> dict[str, Any]:
         if not isinstance(loaded.get(key), Mapping):
             raise ValueError(f"there is no state dict under {key!r}; there are {', '.join(map(str, loaded))}")
         loaded = loaded[key]
-    names = {name: name.replace("_orig_mod.", "") for name in loaded}
+    names = {name: name.replace(COMPILED, "") for name in loaded}
     while names and all(name.startswith("module.") for name in names.values()):
         names = {name: plain.removeprefix("module.") for name, plain in names.items()}
     return {plain: loaded[name] for name, plain in names.items()}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
+from credit_domain.extend import parameters_of, pre_hooks_of
 from credit_parallel.tensor_parallel.parameters import unwrapped
 
 Paths = tuple[str, ...]
@@ -29,7 +30,7 @@ class DividedLayer:
     @property
     def channels(self) -> int:
         """Number of channels that are divided."""
-        weight = self.layer._parameters["weight"]
+        weight = parameters_of(self.layer)["weight"]
         assert weight is not None
         return weight.shape[0 if self.role == "column" else 1]
 
@@ -158,9 +159,9 @@ def unfit(layer: nn.Module, native: bool) -> str | None:
         modules = [module for name, module in layer.named_modules() if name.startswith("parametrizations.")]
         kinds = [type(module).__name__.strip("_") for module in modules if not isinstance(module, nn.ModuleList)]
         return f"has a parametrisation ({', '.join(kinds)}), which needs the whole weight: remove it first"
-    weight = layer._parameters.get("weight")
+    weight = parameters_of(layer).get("weight")
     if weight is None and isinstance(layer, (nn.Linear, nn.Conv2d)):
-        kinds = [type(hook).__name__ for hook in layer._forward_pre_hooks.values()]
+        kinds = [type(hook).__name__ for hook in pre_hooks_of(layer).values()]
         return f"makes its weight in a hook ({', '.join(kinds)}), which needs the whole weight: remove it first"
     if isinstance(weight, DTensor):
         return "has a DTensor as its weight: apply tensor parallelism once, and before fully_shard"
@@ -223,7 +224,7 @@ def _read_views(declaration: Declaration, size: int) -> None:
         owner, name = _owner(declaration, path, what)
         if owner is None:
             continue
-        parameter = owner._parameters.get(name)
+        parameter = parameters_of(owner).get(name)
         if parameter is None or id(owner) in divided:
             declaration.refuse(path, f": {what} must name parameters, and none of the divided layers")
         elif dim is None:

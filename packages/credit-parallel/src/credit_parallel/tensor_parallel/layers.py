@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from credit_domain.extend import parameters_of
 from credit_halo import exchange_rows, plan_rows
 from credit_halo.extend import group_by_name, ops, plans
 from credit_mesh import RowPartition
@@ -58,7 +59,7 @@ class _Column(_Divided):
     def forward(self, x: Tensor) -> Tensor:
         """This rank's output channels, from all input channels, which are the same on every tp rank."""
         x = self.tp_region.enter(x, self.tp_division.group, self.tp_division.label)
-        weight, bias = self._own(self._parameters["weight"]), self._parameters["bias"]
+        weight, bias = self._own(parameters_of(self)["weight"]), parameters_of(self)["bias"]
         out: Tensor = type(self)._operator(x, weight, None if bias is None else self._own(bias))
         return out
 
@@ -68,7 +69,7 @@ class _Row(_Divided):
 
     def forward(self, x: Tensor) -> Tensor:
         """All output channels, the same on every tp rank, from this rank's input channels."""
-        how, weight, bias = self.tp_division, self._own(self._parameters["weight"]), self._parameters["bias"]
+        how, weight, bias = self.tp_division, self._own(parameters_of(self)["weight"]), parameters_of(self)["bias"]
         if x.shape[self._channel_dim] != weight.shape[1]:
             raise ValueError(
                 f"{how.label}: expected this rank's {weight.shape[1]} of {weight.shape[1] * how.size} input channels; "

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from credit_domain.extend import parameters_of
 from credit_domain.layers import DomainParallelLayer
 from credit_halo.extend import group_by_name
 from credit_parallel.collectives import broadcast_tensors
@@ -38,11 +39,11 @@ def _is_tp_sharded_param(p: Tensor) -> bool:
 
 def divide(owner: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
     """Replace a parameter by this rank's slice of it, and have plain checkpoints load into that."""
-    whole = owner._parameters[name]
+    whole = parameters_of(owner)[name]
     assert whole is not None
     part = nn.Parameter(slice_of(whole.detach(), mesh, dim), requires_grad=whole.requires_grad)
     part.__dict__.update(whole.__dict__)
-    owner._parameters[name] = part
+    parameters_of(owner)[name] = part
     if not hasattr(owner, "_tp_dims"):
         owner.__dict__["_tp_dims"] = {}
         owner.register_load_state_dict_pre_hook(_divide_loaded)  # type: ignore[no-untyped-call, unused-ignore]
@@ -59,7 +60,7 @@ def slice_of(whole: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
 def _divide_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Where a checkpoint has a whole tensor for a divided parameter, take this rank's slice of it."""
     for name, dim in module.__dict__["_tp_dims"].items():
-        value, own = state.get(prefix + name), module._parameters[name]
+        value, own = state.get(prefix + name), parameters_of(module)[name]
         plain = isinstance(value, Tensor) and not isinstance(value, DTensor)
         # What does not fit is torch's to report; what fully_shard divided too has functions of its own to load with.
         if plain and isinstance(own, DTensor) and own.device_mesh.ndim == 1 and value.shape == own.shape:
@@ -93,16 +94,16 @@ def _with_property(cls: Any, name: str, getter: Callable[[str], Callable[[Any], 
 
 def _slice(name: str) -> Callable[[Any], Tensor]:
     def get(module: Any) -> Tensor:
-        parameter: DTensor = module._parameters[name]
+        parameter: Any = parameters_of(module)[name]
         # While fully_shard has it in pieces, whoever reads it is fully_shard.
-        return parameter.to_local() if parameter.device_mesh.ndim == 1 else parameter
+        return parameter.to_local() if parameter.device_mesh.ndim == 1 else parameter  # type: ignore[no-any-return]
 
     return get
 
 
 def _copy(name: str) -> Callable[[Any], Tensor]:
     def get(module: Any) -> Tensor:
-        parameter: Tensor = module._parameters[name]
+        parameter: Any = parameters_of(module)[name]
         if isinstance(parameter, DTensor):  # likewise
             return parameter
         return copy_to_region(parameter, module._tp_group_name, f"{module._tp_label}.{name}")
@@ -122,7 +123,7 @@ def group_property(name: str) -> Callable[[Any], Any]:
 def divided_parameters(model: nn.Module) -> set[int]:
     """The ids of the parameters that are divided over the tp ranks."""
     owners = map(unwrapped, model.modules())
-    return {id(owner._parameters[name]) for owner in owners for name in owner.__dict__.get("_tp_dims", ())}
+    return {id(parameters_of(owner)[name]) for owner in owners for name in owner.__dict__.get("_tp_dims", ())}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

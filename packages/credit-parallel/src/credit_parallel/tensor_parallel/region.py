@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from credit_domain.extend import version_of
 from credit_halo.extend import agree, break_group, group_by_name, keep_order, prepare_inductor, refuse_broken
 
 
@@ -69,10 +70,10 @@ class Region:
         if self._entered is None or torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
             return copy_to_region(x, group, label)
         for seen, version, copy in self._entered:
-            if seen is x and version == x._version:
+            if seen is x and version == version_of(x):
                 return copy
         copy = copy_to_region(x, group, label)
-        self._entered.append((x, x._version, copy))
+        self._entered.append((x, version_of(x), copy))
         return copy
 
 

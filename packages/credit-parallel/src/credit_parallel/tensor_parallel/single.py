@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from credit_domain.extend import children_of, parameters_of
 from credit_halo.extend import agree, group_by_name
 from credit_mesh.extend import mesh_of
 from credit_parallel.contract import device_of
@@ -43,7 +44,7 @@ class _Single(nn.Module):
         self.__dict__["_tp_group_name"] = group.group_name
         own = copy.deepcopy(layer)
         broadcast_all(own, mesh)
-        bias = own._parameters["bias"]
+        bias = parameters_of(own)["bias"]
         if self._role == "row":  # it is added after the sum, once, and is a parameter of this module
             own.register_parameter("bias", None)
             self.register_parameter("bias", bias)
@@ -77,8 +78,8 @@ class _Single(nn.Module):
 
         Collectives: of a row layer one sum in the forward; of a column layer one, of the gradient, in the backward.
         """
-        out: Tensor = self._modules[self._child](x)  # type: ignore[misc]
-        bias = self._parameters.get("bias")
+        out: Tensor = children_of(self)[self._child](x)  # type: ignore[misc]
+        bias = parameters_of(self).get("bias")
         if bias is None:
             return out
         # In the dtype of the operator, which under autocast is not that of the bias.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from credit_domain.extend import parameters_of
 from credit_parallel.tensor_parallel.declaration import Declaration, DividedLayer, declared, read_block
 from credit_parallel.tensor_parallel.parameters import divided_parameters, unwrapped
 
@@ -133,14 +134,14 @@ def _check_model(model: nn.Module, declarations: list[Declaration]) -> Iterator[
             yield f"{name} is a DTensor: tensor parallelism comes before fully_shard"
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
-        for name, value in module._parameters.items():
+        for name, value in parameters_of(module).items():
             if value is not None:
                 names.setdefault(id(value), []).append(f"{prefix}.{name}" if prefix else name)
     claimed: dict[tuple[int, str], str] = {}
     for declaration in declarations:
         layers = [(layer.layer, name) for layer in declaration.layers.values() for name in ("weight", "bias")]
         for owner, name in (*layers, *((view.owner, view.name) for view in declaration.views)):
-            value = owner._parameters[name]
+            value = parameters_of(owner)[name]
             if value is None:
                 continue
             called = names[id(value)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from credit_domain._torch_private import children_of, set_children
 from credit_domain.engine.driver import per_dim
 from credit_domain.engine.layer import (
     Decision,
@@ -177,12 +178,21 @@ class _ConvTranspose(_Convolution):
         output_padding, rows = m.output_padding, None
         if output_size is not None:
             wanted = list(output_size)[-self.spatial :]
-            rows = int(wanted[dim])
-            # torch works out the padding of the other dims; along the sharded one it is asked for what it takes.
-            wanted[dim] = self.record(m, dim).least_rows(x.shape[dim])
-            output_padding = m._output_padding(x, wanted, m.stride, m.padding, m.kernel_size, self.spatial, m.dilation)
+            output_padding, rows = self._padding_for(wanted, x), int(wanted[dim])
         args = (m.stride, m.padding, tuple(output_padding), m.groups, m.dilation)
         return conv_transpose(self.spatial, x, self.weight, self.bias, *args, self.call, rows, self.may_share)
+
+    def _padding_for(self, wanted: Sequence[int], x: Tensor) -> list[int]:
+        """The output padding for an output of that size; along the sharded dim none, as the rows are asked for."""
+        m, dims = self.wrapped, range(-self.spatial, 0)
+        if len(wanted) < self.spatial:
+            raise ValueError(f"{self.label}: output_size must have {self.spatial} sizes; got {tuple(wanted)}")
+        least = [self.record(m, dim).least_rows(x.shape[dim]) for dim in dims]
+        more = [0 if dim == self._dim else int(wanted[dim]) - least[dim] for dim in dims]
+        if not all(0 <= more[dim] < m.stride[dim] for dim in dims):
+            most = [least[dim] + m.stride[dim] - 1 for dim in dims]
+            raise ValueError(f"{self.label}: output_size {tuple(wanted)} is not within {least} and {most}")
+        return more
 
 
 @known_layer
@@ -260,7 +270,7 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
         super().__init__(periodic_conv, shard_dim, manager=manager, label=label)
         # The only child that differs from those of the wrapped module, which stays as it was.
         conv = _PeriodicConv2d(inner, padding, shard_dim, manager=manager, label=self.label)
-        self.__dict__["_modules"] = {**periodic_conv._modules, "conv": conv}
+        set_children(self, {**children_of(periodic_conv), "conv": conv})
 
     @property
     def conv(self) -> nn.Conv2d:
@@ -271,7 +281,7 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
     @property
     def _padded(self) -> DomainParallelConv2d:
         """The convolution with the padding in it: the child that computes."""
-        padded: Any = self._modules["conv"]
+        padded: Any = children_of(self)["conv"]
         return padded  # type: ignore[no-any-return]
 
     @property

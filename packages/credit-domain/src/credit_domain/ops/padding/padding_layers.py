@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from credit_domain._torch_private import children_of, set_children
 from credit_domain.engine.layer import Decision, DomainParallelLayer, Seen, known_layer
 from credit_domain.engine.row_op import RowOp
 from credit_domain.ops.conv.conv_layers import DomainParallelConv2d
@@ -102,8 +103,8 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
             )
         # The only child that differs from those of the wrapped module, which stays as it was.
         padded = _PaddedConv2d(inner, ((top, bottom), (left, right)), shard_dim, manager=manager, label=self.label)
-        first, second = branch._modules
-        self.__dict__["_modules"] = {first: pad, second: padded}
+        first, second = children_of(branch)
+        set_children(self, {first: pad, second: padded})
         self.__dict__["_conv"] = second
 
     @property
@@ -125,7 +126,7 @@ class DomainParallelCrossEmbedBranch(DomainParallelLayer):
     @property
     def _padded(self) -> DomainParallelConv2d:
         """The convolution with the padding in it: the child that computes."""
-        padded: Any = self._modules[self.__dict__["_conv"]]
+        padded: Any = children_of(self)[self.__dict__["_conv"]]
         return padded  # type: ignore[no-any-return]
 
     @property
