@@ -63,6 +63,15 @@ PRELOADED = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that need none.
+
+    Some ranks are forks. Once autograd has seen a GPU, a fork may not run backward.
+    """
+    if config.option.markexpr == "not gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "of each package run N quick tests only, and all tests in mixed order"
     parser.addoption("--few", type=int, metavar="N", help=text)
