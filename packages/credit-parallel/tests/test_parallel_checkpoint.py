@@ -592,6 +592,11 @@ def test_another_optimizer(tmp_path):
     other.at, other.more = nn.Parameter(torch.zeros(1000)), nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="is of another optimizer: the groups hold other parameters.*more"):
         load_checkpoint(tmp_path, other, torch.optim.SGD(other.parameters(), 0.1), strict=False)
+    trained = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9)
+    trained.state[other.at] = {"momentum_buffer": torch.zeros(1000, dtype=torch.complex64)}
+    save_checkpoint(tmp_path, other, trained, step=3)
+    with pytest.raises(ValueError, match="momentum_buffer of at is complex, and the parameter is real"):
+        load_checkpoint(tmp_path, other, torch.optim.SGD(other.parameters(), 0.1, momentum=0.9))
     stranger = torch.optim.SGD(Counter().parameters(), 0.1)
     with pytest.raises(ValueError, match="none of the model's"):
         save_checkpoint(tmp_path, model, stranger, step=2)

@@ -222,6 +222,8 @@ def optimizer_misfits(parameters: Mapping[str, Tensor], wanted: Sequence[Sequenc
         for key, value in values.items():
             if isinstance(p, DTensor) and isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
                 problems.append(f"{key} of {name} is of shape {tuple(value.shape)}, the parameter of {tuple(p.shape)}")
+            if isinstance(value, Tensor) and value.is_complex() and not p.is_complex():  # torch would cast it
+                problems.append(f"{key} of {name} is complex, and the parameter is real")
     return first_few(problems, "; ")
 
 
