@@ -136,13 +136,6 @@ def test_trains_like_one_rank(data, world, domain, name, expected):
         same(found, expected[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
-def test_on_processes(data, expected):
-    for found in run_processes(rank_main, 2, data, 2, "adamw", False):
-        same(found, expected["adamw"])
-
-
 def saved_by(rank, data, domain, folder):
     context = parallelize(make(rank), conf_of(data, domain), check_batches=0)
     optimizer = optimizer_of(context, "adamw")

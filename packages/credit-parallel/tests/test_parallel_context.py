@@ -144,14 +144,6 @@ def test_every_layout_trains_like_one_rank(mode, dp, tensor, domain, expected):
     compare(results, expected[name], 1e-9)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "dp", "tensor", "domain"), [("ddp", 2, 1, 2), ("fsdp2", 1, 2, 2), ("none", 1, 1, 3)])
-def test_on_processes(mode, dp, tensor, domain, expected):
-    conf = conf_of(mode, tensor, domain)
-    results = run_processes(rank_main, dp * tensor * domain, conf, torch.float64, "sgd", 20, timeout=120)
-    compare(results, expected["sgd"], 1e-9)
-
-
 @pytest.mark.parametrize(("mode", "dp", "tensor", "domain"), [("fsdp2", 2, 1, 3), ("ddp", 1, 2, 2)])
 def test_float32(mode, dp, tensor, domain):
     expected = reference(torch.float32, "sgd", 20)

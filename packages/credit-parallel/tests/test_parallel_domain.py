@@ -117,10 +117,6 @@ def test_apply_domain_parallel(dp, tp, domain, whole_mesh):
     check_converted(run_processes(converted, dp * tp * domain, dp, tp, domain, whole_mesh, fork=True))
 
 
-def test_apply_domain_parallel_on_processes():
-    check_converted(run_processes(converted, 4, 2, 1, 2, False))
-
-
 def test_a_mesh_without_the_axis():
     def rank_main(rank):
         mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))

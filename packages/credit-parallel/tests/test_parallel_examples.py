@@ -156,11 +156,6 @@ def test_every_layout_trains_like_one_rank(name, mode, dp, tensor, domain, recom
     compare(run_processes(train, dp * tensor * domain, name, conf, timeout=120, fork=True), expected[name])
 
 
-@pytest.mark.slow
-def test_on_processes(expected):
-    compare(run_processes(train, 4, "transformer", conf_of("fsdp2", 2, 2), timeout=120), expected["transformer"])
-
-
 def test_tensor_parallel_ranks_hold_half_of_each_block():
     def rank_main(rank):
         context = parallelize(make("transformer"), conf_of("none", 2, 1))

@@ -486,11 +486,6 @@ def test_fully_shard_on_a_mesh_of_forks() -> None:
     run_processes(fsdp_over_dp, 4, build(*LINEAR), fork=True)
 
 
-@pytest.mark.slow
-def test_fully_shard_on_a_mesh_of_processes() -> None:
-    run_processes(fsdp_over_dp, 4, build(*LINEAR))
-
-
 def compiled(rank: int, backend: str) -> None:
     model, whole = build(InSequential, Attention, Fused), randn(2, 3, CHANNELS)
     expected = results(copy.deepcopy(model), whole)
