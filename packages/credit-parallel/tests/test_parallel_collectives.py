@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from credit_halo.testing import RankError, run_processes, run_threads
+from credit_halo.testing import RankError, ThreadGroup, run_processes, run_threads
 from credit_parallel import collectives
 from credit_parallel.collectives import (
     all_reduce_avg,
@@ -135,13 +135,13 @@ def test_gradients_are_averaged_in_buckets(kinds, ranks, bucket):
 def counting(monkeypatch, name):
     """Count calls of a collective, by rank."""
     calls = {}
-    original = getattr(dist, name)
+    original = getattr(ThreadGroup, name)
 
-    def call(tensor, *args, **kwargs):
-        calls.setdefault(dist.get_rank(), []).append((tensor.dtype, tensor.numel()))
-        return original(tensor, *args, **kwargs)
+    def call(group, tensor, *args):
+        calls.setdefault(group.rank(), []).append((tensor.dtype, tensor.numel()))
+        return original(group, tensor, *args)
 
-    monkeypatch.setattr(dist, name, call)
+    monkeypatch.setattr(ThreadGroup, name, call)
     return calls
 
 

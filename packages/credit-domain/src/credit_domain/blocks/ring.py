@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,9 @@ from credit_halo import plan_rows
 from credit_halo.extend import ops
 from credit_mesh import RowPartition
 
-
-class _Round(NamedTuple):
-    """What a rank holds in one round.
-
-    Attributes:
-        first: First global key.
-        plan: Key of the plan that passes it on to the rank before, which holds it in the next round.
-    """
-
-    first: int
-    plan: str
+# What a rank holds in one round: the first global key, and the key of the plan that passes it on to the rank before,
+# which holds it in the next round. A plain tuple, since torch.compile of torch 2.11 cannot loop over named ones there.
+_Round = tuple[int, str]
 
 
 def ring_attention(
@@ -61,7 +53,7 @@ def _rounds(sizes: tuple[int, ...], rank: int) -> tuple[_Round, ...]:
     for turn in range(ranks):
         held = RowPartition((*sizes[turn:], *sizes[:turn]), allow_empty=True)  # in round 1 rank 0 holds the keys of 1
         needs = [held.interval((r + 1) % ranks) for r in range(ranks)]
-        rounds.append(_Round(offsets[(rank + turn) % ranks], plan_rows(held, needs, rank=rank).key))
+        rounds.append((offsets[(rank + turn) % ranks], plan_rows(held, needs, rank=rank).key))
     return tuple(rounds)
 
 
@@ -100,7 +92,8 @@ class _Ring(torch.autograd.Function):
             out = (out / total).masked_fill(total == 0, 0.0)
             log_total = (top + total.log()).clamp_min(least)
         ctx.save_for_backward(query, pair, mask, out, log_total)
-        return out.to(query.dtype)
+        # torch.compile of torch 2.11 takes wrong gradients where `to` gives back the very tensor that is saved.
+        return out.to(query.dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
