@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nox
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 nox.needs_version = ">=2026.10"
 nox.options.sessions = ["tests-gloo", "tests-gpu", "lint", "types", "build", "docs"]
@@ -121,6 +122,34 @@ def tests_torch(session: nox.Session, version: str) -> None:
     session.run("python", "tools/compatibility.py", str(report))
     if 'failures="0"' not in report.read_text() or 'errors="0"' not in report.read_text():
         session.error(f"tests failed on torch {version}")
+
+
+@nox.session(name="tests-floors", default=False, requires=["torch"])
+def tests_floors(session: nox.Session) -> None:
+    """The tests of credit-parallel that need no GPU, with the lowest versions of all that it names, but torch."""
+    pins = floors(session, "credit-parallel")
+    session.log(f"the lowest versions: {' '.join(pins)}")
+    install(session, PACKAGES, *group("test"), *pins, extras="[data,grib,plot,tensorboard]")
+    # Those that old releases cause by what they call in newer ones beneath them, which are not pinned.
+    options = ["--timeout", "1200", "--durations", "8", "-m", "not gpu", "-W", "ignore::DeprecationWarning"]
+    how = ["-n", "2", "--dist", "worksteal", "packages/credit-parallel/tests"]
+    session.run("pytest", *options, *how, *session.posargs, env=TEST_ENV)
+
+
+def floors(session: nox.Session, package: str) -> list[str]:
+    """The lowest versions that go together, and have wheels, of what a package and its extras name, but torch."""
+    project = nox.project.load_toml(f"packages/{package}/pyproject.toml")["project"]
+    named = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    others = [line for line in named if Requirement(line).name not in ("torch", *PACKAGES)]
+    session.install("--quiet", "uv")  # it looks for versions, and pip installs them
+    with tempfile.TemporaryDirectory() as outside:
+        wanted = Path(outside) / "wanted.in"
+        wanted.write_text("\n".join(others))
+        options = ["--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:", "--resolution", "lowest-direct"]
+        python = str(Path(session.bin) / "python")
+        found = session.run("uv", "pip", "compile", *options, "--python", python, str(wanted), silent=True) or ""
+    names = {canonicalize_name(Requirement(line).name) for line in others}
+    return [line for line in found.splitlines() if canonicalize_name(Requirement(line).name) in names]
 
 
 @nox.session(requires=["torch"])

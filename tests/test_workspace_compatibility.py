@@ -47,6 +47,15 @@ def test_wheels_ask_for_the_torch_that_is_checked_at_import() -> None:
         assert re.findall(r'"(torch\b[^"]*)"', project.read_text()) == [f"torch>={floor}"], project
 
 
+def test_the_page_names_the_floors_of_other_packages() -> None:
+    project = (ROOT / "packages" / "credit-parallel" / "pyproject.toml").read_text()
+    asked = set(re.findall(r'"([a-z0-9]+)>=([\d.]+)[";]', project.partition("dependencies = [")[2]))
+    section = (ROOT / "docs" / "compatibility.md").read_text().partition("## Other packages")[2]
+    said = set(re.findall(r"^\| (\w+)(?: on Python 3.10)? \|[^|]*\| ([\d.]+) \|", section, re.MULTILINE))
+    assert said == {(name, floor) for name, floor in asked if name != "torch"}
+    assert len({name for name, _ in said}) == 12
+
+
 @pytest.mark.parametrize("package", ["credit_mesh.manager", "credit_mesh.mesh", "credit_halo", "credit_domain"])
 def test_an_old_torch_is_refused_by_name(package: str) -> None:
     code = f"import torch; torch.__version__ = '2.4.1+cu124'; import {package}"

@@ -17,8 +17,11 @@ class Bar(Reporter):
         """Print what runs where, and draw the bar."""
         print(summary, flush=True)
         # In a log file every update is a line of its own.
-        every = 0.1 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=every, dynamic_ncols=True)
+        terminal = sys.stderr.isatty()
+        every = 0.1 if terminal else 10.0
+        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=every, dynamic_ncols=terminal)
+        if not terminal:
+            self.bar.ncols = None  # tqdm up to 4.67 takes the width of a terminal from $COLUMNS, and cuts lines there
 
     def stepped(self, record: dict[str, Any]) -> None:
         """Move on."""
