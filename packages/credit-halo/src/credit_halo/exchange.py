@@ -90,7 +90,9 @@ def take_rows(
         # Those are plain: of an object that is made in the compiled code it would see the defaults of its class.
         needs = tuple(need if isinstance(need, range) else tuple(need) for need in rows)
         rule = EdgeRule.of(edge)
-        fields = (rule.kind, rule.value, rule.pole_is_row, rule.signs, rule.lon_dim, rule.channel_dim)
+        # Not the value where nobody reads it: torch 2.11 takes any float for a symbol under dynamic=True.
+        value = rule.value if rule.kind == "constant" else 0.0
+        fields = (rule.kind, value, rule.pole_is_row, rule.signs, rule.lon_dim, rule.channel_dim)
         key = _plan_key(partition.sizes, needs, _rank(group), fields)
         many = dist.is_initialized() and dist.get_world_size(group) > 1
         name = _group_of(group).group_name if many else ""
