@@ -2,8 +2,8 @@
 
 These names keep their meaning within a minor version, as those of :mod:`credit_domain` do.
 
-Who takes part and who holds which rows: :class:`Domain`, :func:`domain_of`, :func:`sizes_of`, :func:`new_layer`.
-Running a model for its shapes: :func:`trace`, :func:`meta_copy`, :func:`plain_copy`, :func:`real_dtype_of`. The names
+Who takes part and who holds which rows: :class:`Domain`, :func:`domain_of`, :func:`sizes_of`, :func:`new_layer`; and
+sums over those who take part, :func:`sum_over`. Running a model for its shapes: :func:`trace`, :func:`meta_copy`, :func:`plain_copy`, :func:`real_dtype_of`. The names
 of the model that was converted, in a state dict: :func:`plain_names`, :func:`with_plain_names`.
 
 What only private names of torch tell: :func:`parameters_of`, :func:`buffers_of`, :func:`children_of` and
@@ -12,7 +12,7 @@ What only private names of torch tell: :func:`parameters_of`, :func:`buffers_of`
 
 from credit_domain._torch_private import COMPILED, buffers_of, children_of, parameters_of, pre_hooks_of, version_of
 from credit_domain.casts import real_dtype_of
-from credit_domain.engine.ranks import ALONE, Domain, domain_of, new_layer, sizes_of
+from credit_domain.engine.ranks import ALONE, Domain, domain_of, new_layer, sizes_of, sum_over
 from credit_domain.model.saved_names import plain_names, with_plain_names
 from credit_domain.model.trace import LayerCall, meta_copy, plain_copy, trace
 
@@ -32,6 +32,7 @@ __all__ = [
     "pre_hooks_of",
     "real_dtype_of",
     "sizes_of",
+    "sum_over",
     "trace",
     "version_of",
     "with_plain_names",

@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from credit_domain.extend import Domain, domain_of, sizes_of
-from credit_halo import all_mean, all_sum
+from credit_domain.extend import Domain, domain_of, sizes_of, sum_over
 from credit_halo.extend import agree
 from credit_mesh import DomainParallelManager, RowPartition
 from credit_parallel.latitudes import check_order, checked_latitudes
@@ -75,7 +74,7 @@ def domain_mean(
                 values, counted = torch.where(mask, values, 0.0), torch.where(mask, counted, 0.0)
             total = counted.sum()
             if domain.size > 1:
-                total = all_sum(total, domain.process_group)
+                total = sum_over(total, domain)
         total = total.to(values.dtype)
     return values.sum() / (total / domain.size)
 
@@ -86,7 +85,7 @@ def domain_value(loss: Tensor, manager: DomainParallelManager | None = None) -> 
     Collectives: one sum over the domain ranks; none for a single one.
     """
     domain = domain_of(manager)
-    return loss.detach() if domain.size == 1 else all_mean(loss.detach(), domain.process_group)
+    return loss.detach() if domain.size == 1 else sum_over(loss.detach() / domain.size, domain)
 
 
 def own_weights(
