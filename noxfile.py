@@ -85,7 +85,8 @@ def tests_gloo(session: nox.Session, package: str) -> None:
     mixed order, which finds what one leaves behind for others; tests of the repository run only there.
     """
     everything = package == "all"
-    install(session, PACKAGES if everything else lowest(package), *group("test"), extras="[data,grib,plot,tensorboard]")
+    tools = [*group("test"), *(group("notebook") if package == "credit-domain" else [])]
+    install(session, PACKAGES if everything else lowest(package), *tools, extras="[data,grib,plot,tensorboard]")
     how = (
         ["--few", "20", "tests", "packages"]
         if everything
@@ -110,16 +111,17 @@ PAIRS += [(python, version) for python in PYTHONS if python != HERE for version 
 def tests_torch(session: nox.Session, version: str) -> None:
     """Outside CI: all tests on each torch from the oldest on; an environment of 5 to 7 GB, and 20 minutes, for each.
 
-    Writes what ran into docs/compatibility.md. `nox -s tests-torch -- -k norm` would write what ran of `-k norm`.
+    Writes what ran into docs/compatibility.md, unless arguments (`-- -k norm`) choose tests.
     """
     session.env.update(KEEP_BYTECODE)
-    session.install("--quiet", "--no-compile", f"torch=={version}.*", *group("test"), "ipykernel", "nbclient")
+    session.install("--quiet", "--no-compile", f"torch=={version}.*", *group("test"), *group("notebook"))
     session.install("--quiet", *(f"./packages/{p}" for p in PACKAGES))
     session.install("--quiet", "./packages/credit-parallel[data,grib,plot,tensorboard]")
     report = Path(session.create_tmp()) / "results.xml"
     options = ["-m", "not gpu", "-n", "2", "--dist", "worksteal", "--timeout", "1200", f"--junitxml={report}"]
     session.run("pytest", *options, *session.posargs, "packages", env=TEST_ENV, success_codes=[0, 1])
-    session.run("python", "tools/compatibility.py", str(report))
+    if not session.posargs:
+        session.run("python", "tools/compatibility.py", str(report))
     if 'failures="0"' not in report.read_text() or 'errors="0"' not in report.read_text():
         session.error(f"tests failed on torch {version}")
 

@@ -2,8 +2,8 @@
 
 These names keep their meaning within a minor version, as those of :mod:`credit_domain` do.
 
-Who takes part and who holds which rows: :class:`Domain`, :func:`domain_of`, :func:`sizes_of`, :func:`new_layer`; the sum
-over those who take part: :func:`sum_over`. Running a model for its shapes: :func:`trace`, :func:`meta_copy`,
+Who takes part and who holds which rows: :class:`Domain`, :func:`domain_of`, :func:`sizes_of`, :func:`new_layer`; the
+sum over those who take part: :func:`sum_over`. Running a model for its shapes: :func:`trace`, :func:`meta_copy`,
 :func:`plain_copy`, :func:`real_dtype_of`. The names of the model that was converted, in a state dict:
 :func:`plain_names`, :func:`with_plain_names`.
 
