@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -53,7 +54,11 @@ def test_in_the_kernel_of_a_notebook() -> None:
     nbformat = pytest.importorskip("nbformat", reason="needs ipykernel and nbclient")
     nbclient = pytest.importorskip("nbclient", reason="needs ipykernel and nbclient")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    finally:
+        signal.signal(signal.SIGINT, handler)  # nbclient takes Python's own for what was there
     assert [output["text"] for output in notebook.cells[-1].outputs] == ["exact\n"]
 
 

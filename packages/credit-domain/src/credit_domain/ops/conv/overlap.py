@@ -8,7 +8,6 @@ unpadded input, which is kept anyway, and the halo.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from credit_domain.engine.driver import Placed
 from credit_domain.engine.ranks import Domain, constant
 from credit_domain.engine.row_op import ROW_OPS, footprint_for
+from credit_domain.engine.text import as_text, from_text
 from credit_domain.ops.conv.borders import Border, Borders, Overlapping, borders_of
 from credit_domain.ops.conv.sharing import Reader, Shared, share, within
 from credit_halo.extend import debug, ops, plans
@@ -160,14 +160,14 @@ def name_of(*what: Any) -> str:
         what: The kind and the numbers of the operation, the rows of each rank, the sharded dim, the domain, the label,
             and how one rank would convolve: all as tuples of numbers and text.
     """
-    name = repr(what)
+    name = as_text(what)
     return "" if named(name) is None else name
 
 
 @lru_cache(maxsize=4096)
 def named(name: str) -> Overlapped | None:
     """The convolution of a name."""
-    kind, numbers, sizes, dim, domain, label, shape = ast.literal_eval(name)
+    kind, numbers, sizes, dim, domain, label, shape = from_text(name)
     where, how = Domain(*domain), Shape(*shape)
     borders = _borders(kind, numbers, sizes, where.rank)
     if borders is None:

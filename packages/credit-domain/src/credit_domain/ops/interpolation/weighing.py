@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from credit_domain.engine.text import as_text, from_text
 from credit_domain.ops.interpolation.taps import HALF, Along, Taps, map_of
 from credit_halo.extend import empty_rows, memory_format
 
@@ -37,14 +37,14 @@ def part_of(along: Along, part: tuple[int, int, int, int]) -> str:
 
     It says all that :func:`_part` makes of it: operators that torch.compile traces can carry a string.
     """
-    key = repr((tuple(along._replace(dtype=str(along.dtype))), part))  # type: ignore[arg-type]
+    key = as_text((along._replace(dtype=str(along.dtype)), part))  # type: ignore[arg-type]
     _part(key)
     return key
 
 
 @lru_cache(maxsize=1024)
 def _part(key: str) -> _Part:
-    numbers, (start, rows, first, out) = ast.literal_eval(key)
+    numbers, (start, rows, first, out) = from_text(key)
     along = Along(*numbers)
     along = along._replace(dtype=getattr(torch, str(along.dtype).removeprefix("torch.")))
     the_map = map_of(along)
