@@ -58,6 +58,89 @@ def test_results_come_back_by_rank(run) -> None:
     assert [(text, size, total.item()) for text, size, total in results] == [(f"hello {r}", 3, 3) for r in range(3)]
 
 
+def every_function(rank: int) -> list[object]:
+    """What torch.distributed gives on a rank, by most of what a program may call."""
+    size, own = dist.get_world_size(), torch.tensor([1.0, 2.0]) * (rank + 1)
+    some = dist.new_group([2, 0])
+    found: list[object] = [dist.get_rank(), size, dist.get_rank(some), dist.get_world_size(some), dist.is_initialized()]
+    if rank != 1:
+        found += [dist.get_process_group_ranks(some), dist.get_global_rank(some, 1), dist.get_group_rank(some, rank)]
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.PRODUCT):
+        found.append(total := own.clone())
+        dist.all_reduce(total, op)
+    for group in (dist.group.WORLD, some):
+        found.append(total := own.clone())
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.all_reduce(total, group=group, async_op=True).wait()
+    found.append(total := own.clone())
+    dist.reduce(total, 1)
+    if rank != 1:
+        found.pop()  # what the others are left with is not said
+    found.append(same := own.clone())
+    dist.broadcast(same, 2)
+    found.append(every := [torch.empty(2) for _ in range(size)])
+    dist.all_gather(every, own)
+    found.append(whole := torch.empty(2 * size))
+    dist.all_gather_into_tensor(whole, own)
+    found.append(every := [torch.empty(2) for _ in range(size)] if rank == 1 else None)
+    dist.gather(own, every, 1)
+    found.append(part := torch.empty(2))
+    dist.scatter(part, [own * i for i in range(size)] if rank == 2 else None, 2)
+    found.append(part := torch.empty(2))
+    dist.reduce_scatter_tensor(part, torch.arange(2.0 * size) * (rank + 1))
+    found.append(swapped := torch.empty(size))
+    dist.all_to_all_single(swapped, torch.arange(float(size)) + 10 * rank)
+    found.append(uneven := torch.empty(sum(r + 1 for r in range(size)) if rank == 0 else 0))
+    dist.all_to_all_single(
+        uneven, torch.full([rank + 1], float(rank)), [r + 1 if rank == 0 else 0 for r in range(size)], [rank + 1, 0, 0]
+    )
+    objects: list[object] = [None] * size
+    dist.all_gather_object(objects, {"rank": rank})
+    found.append(objects)
+    found.append(said := [rank, "text"])
+    dist.broadcast_object_list(said, 1)
+    right, left = (rank + 1) % size, (rank - 1) % size
+    found.append(got := torch.empty(2))
+    ops = [dist.P2POp(dist.isend, own, right, tag=3), dist.P2POp(dist.irecv, got, left, tag=3)]
+    assert isinstance(ops[0], dist.P2POp)
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    found.append(got := torch.empty(2))
+    work = dist.irecv(got, left)
+    dist.send(own, right)
+    work.wait()
+    if rank == 0:
+        found.append(sorted(dist.recv(torch.empty(2)) for _ in range(size - 1)))
+    else:
+        dist.send(own, 0)
+    dist.barrier()
+    return found
+
+
+@pytest.mark.slow
+def test_threads_have_what_processes_have() -> None:
+    threads, processes = run_threads(every_function, 3), run_processes(every_function, 3)
+    assert repr(threads) == repr(processes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda rank: dist.barrier() if rank else dist.all_reduce(torch.ones(1)), "do not call the same collective"),
+        (lambda rank: dist.all_reduce(torch.ones(1 + rank)), "do not call the same collective"),
+        (lambda rank: dist.all_gather([torch.ones(2)] * 2, torch.ones(1)), "expected float32 of shape .2,.*shape .1,"),
+        (lambda rank: dist.init_process_group("gloo"), "is initialised on this rank"),
+        (lambda rank: dist.new_group([0, 2]), "different ranks of 0..1"),
+        (lambda rank: dist.split_group([[0], [1]]), "split_group does not work on ranks that are threads"),
+        (lambda rank: dist.monitored_barrier(), "monitored_barrier does not work on ranks that are threads"),
+        (lambda rank: dist.device_mesh.init_device_mesh("cpu", (2,)), "DeviceMesh does not work on ranks that are"),
+    ],
+)
+def test_mistakes_on_threads(call, message) -> None:
+    with pytest.raises(RankError, match=message):
+        run_threads(call, 2, timeout=30)
+
+
 @pytest.mark.parametrize("run", RUNNERS)
 def test_a_failed_rank_is_named_with_its_traceback(run) -> None:
     with pytest.raises(RankError, match="1 ranks failed\nrank 1:\n(.|\n)*no more rows") as info:

@@ -1,7 +1,7 @@
 """Tuples of numbers and text as one string, which operators that torch.compile traces can carry, and back.
 
-JSON, and not Python's own syntax: the ``ast`` of Python 3.11 counts its depth of recursion for all threads together, and
-raises a SystemError now and then where ranks are threads.
+JSON, and not Python's own syntax: the ``ast`` of Python 3.11 counts its depth of recursion for all threads together,
+and raises a SystemError now and then where ranks are threads.
 """
 
 from __future__ import annotations

@@ -99,12 +99,17 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 def _asking(original: Any, own: Callable[..., Any]) -> Any:
     """A function that asks which thread calls, or to whom the group belongs."""
+    names = list(inspect.signature(own).parameters)
+    at = names.index("group") if "group" in names else len(names)
 
     @functools.wraps(original)
     def asking(*args: Any, **kwargs: Any) -> Any:
-        if present_world() is not None or any(isinstance(x, ThreadGroup) for x in (*args, *kwargs.values())):
-            return own(*args, **kwargs)
-        return original(*args, **kwargs)
+        group = args[at] if at < len(args) else kwargs.get("group")
+        if present_world() is None and not isinstance(group, ThreadGroup):
+            return original(*args, **kwargs)
+        if isinstance(group, int) and group == _World.NON_GROUP_MEMBER:  # nothing to do, as in torch
+            return -1 if own in (get_rank, get_world_size) else None
+        return own(*args, **kwargs)
 
     asking.torchs_own = original  # type: ignore[attr-defined]
     return asking
@@ -231,11 +236,11 @@ def destroy_process_group(group: Any = None) -> None:
 
 
 def get_rank(group: Any = None) -> int:
-    return -1 if group is _World.NON_GROUP_MEMBER else _of(group).rank()
+    return _of(group).rank()
 
 
 def get_world_size(group: Any = None) -> int:
-    return -1 if group is _World.NON_GROUP_MEMBER else _of(group).size()
+    return _of(group).size()
 
 
 def get_backend(group: Any = None) -> str:
