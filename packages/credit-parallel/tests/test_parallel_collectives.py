@@ -132,21 +132,23 @@ def test_gradients_are_averaged_in_buckets(kinds, ranks, bucket):
                 assert torch.equal(result[i], sum(grads[i] for grads in every) / ranks)
 
 
-def counting(monkeypatch, name):
-    """Count calls of a collective, by rank."""
+def counting(monkeypatch, owner, name):
+    """Count calls of a collective, by rank: of the group where ranks are threads, of torch.distributed elsewhere."""
     calls = {}
-    original = getattr(ThreadGroup, name)
+    original = getattr(owner, name)
 
-    def call(group, tensor, *args):
-        calls.setdefault(group.rank(), []).append((tensor.dtype, tensor.numel()))
-        return original(group, tensor, *args)
+    def call(*args, **kwargs):
+        tensor = args[1 if owner is ThreadGroup else 0]
+        rank = args[0].rank() if owner is ThreadGroup else dist.get_rank()
+        calls.setdefault(rank, []).append((tensor.dtype, tensor.numel()))
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(ThreadGroup, name, call)
+    monkeypatch.setattr(owner, name, call)
     return calls
 
 
 def test_buckets_are_few_and_large(monkeypatch):
-    calls = counting(monkeypatch, "all_reduce")
+    calls = counting(monkeypatch, ThreadGroup, "all_reduce")
     monkeypatch.setattr(collectives, "BUCKET_BYTES", 4000)
 
     def rank_main(rank):
@@ -273,7 +275,7 @@ def places(order):
 
 @pytest.mark.parametrize("order", [("dp", "tp", "domain"), ("tp", "domain", "dp"), ("domain", "dp", "tp")])
 def test_norms_on_mixed_meshes(order, monkeypatch):
-    calls = counting(monkeypatch, "all_reduce")
+    calls = counting(monkeypatch, dist, "all_reduce")
 
     def rank_main(rank):
         params = sharded_params(places(order))
