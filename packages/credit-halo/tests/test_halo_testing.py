@@ -1,5 +1,6 @@
 """The harness of ranks: users import it, so it must say what went wrong."""
 
+import gc
 import os
 import threading
 import time
@@ -148,6 +149,27 @@ def test_a_failed_rank_is_named_with_its_traceback(run) -> None:
     assert list(info.value.failures) == [1]
     assert isinstance(info.value.errors[1], ValueError)
     assert run(hello, 2, "again")[1][0] == "again 1"
+
+
+def collect(rank: int) -> int:
+    gc.collect()
+    return rank
+
+
+def test_a_fork_leaves_the_garbage_of_its_parent_alone(tmp_path) -> None:
+    """A process group, for one: it would wait for threads that the fork does not have."""
+    gc.disable()
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/world", rank=0, world_size=1)
+        dist.all_reduce(torch.ones(1))
+        cycle: list[object] = [dist.group.WORLD]
+        cycle.append(cycle)
+        dist.destroy_process_group()
+        del cycle
+        assert run_processes(collect, 2, fork=True, timeout=60) == [0, 1]
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

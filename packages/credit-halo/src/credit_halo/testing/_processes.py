@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -56,6 +57,11 @@ def run_processes(
     with tempfile.TemporaryDirectory(prefix="credit-halo-ranks-") as folder:
         readers: dict[Connection, int] = {}
         processes = []
+        # A fork must not collect garbage of this process: a process group that ends waits for its threads, which a fork
+        # does not have.
+        freeze = fork and not gc.get_freeze_count()
+        if freeze:
+            gc.freeze()
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             job = (
@@ -72,6 +78,8 @@ def run_processes(
             writer.close()  # so that a dead process is seen as the end of its pipe
             readers[reader] = rank
             processes.append(process)
+        if freeze:
+            gc.unfreeze()
         try:
             outcomes = _outcomes(readers, time.monotonic() + timeout)
         finally:
