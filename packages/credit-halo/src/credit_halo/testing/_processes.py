@@ -9,7 +9,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -57,29 +58,23 @@ def run_processes(
     with tempfile.TemporaryDirectory(prefix="credit-halo-ranks-") as folder:
         readers: dict[Connection, int] = {}
         processes = []
-        # A fork must not collect garbage of this process: a process group that ends waits for its threads, which a fork
-        # does not have.
-        freeze = fork and not gc.get_freeze_count()
-        if freeze:
-            gc.freeze()
-        for rank in range(world_size):
-            reader, writer = context.Pipe(duplex=False)
-            job = (
-                rank,
-                world_size,
-                os.path.join(folder, "rendezvous"),
-                timeout if group_timeout is None else group_timeout,
-                writer,
-                fn,
-                args,
-            )
-            process = context.Process(target=_main, args=job, daemon=True)
-            process.start()
-            writer.close()  # so that a dead process is seen as the end of its pipe
-            readers[reader] = rank
-            processes.append(process)
-        if freeze:
-            gc.unfreeze()
+        with _left_alone() if fork else nullcontext():
+            for rank in range(world_size):
+                reader, writer = context.Pipe(duplex=False)
+                job = (
+                    rank,
+                    world_size,
+                    os.path.join(folder, "rendezvous"),
+                    timeout if group_timeout is None else group_timeout,
+                    writer,
+                    fn,
+                    args,
+                )
+                process = context.Process(target=_main, args=job, daemon=True)
+                process.start()
+                writer.close()  # so that a dead process is seen as the end of its pipe
+                readers[reader] = rank
+                processes.append(process)
         try:
             outcomes = _outcomes(readers, time.monotonic() + timeout)
         finally:
@@ -101,6 +96,22 @@ def run_processes(
     if failures:
         raise RankError(failures, errors)
     return [outcomes[rank][1] for rank in range(world_size)]
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Inside, a fork does not collect garbage of this process.
+
+    A process group, for one, waits at its end for threads that a fork does not have.
+    """
+    if gc.get_freeze_count():  # by somebody else, who knows when that ends
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 Outcome = tuple[bool, Any, "BaseException | None"]

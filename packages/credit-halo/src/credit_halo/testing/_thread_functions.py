@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from credit_halo.testing._thread_group import BACKEND, ThreadGroup
+
+logger = logging.getLogger(__name__)
 
 _present = threading.local()
 
@@ -64,6 +67,7 @@ class Replacement:
             self._replace(dist, "group", _World(dist.group))
             self._replace(dist, "GroupMember", _World(dist.GroupMember))
             self._replace(dist, "P2POp", _asking_op(dist.P2POp))
+            logger.debug("the functions of torch.distributed ask which thread calls, while ranks are threads")
 
     def end(self) -> None:
         """There is one less."""
