@@ -69,6 +69,7 @@ from credit_domain.manager import (
 )
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.planning import DomainPlan, PlannedLayer, plan_domain_parallel
+from credit_domain.partitioner.partition import PartitionReport, partition_model, partition_report
 from credit_domain.sharding import gather_tensor, shard_batch, shard_tensor
 from credit_domain.verification import Difference, VerificationReport, verify_domain_parallel
 
@@ -123,6 +124,7 @@ __all__ = [
     "DomainPlan",
     "Footprint",
     "HaloExchange",
+    "PartitionReport",
     "PlannedLayer",
     "VerificationReport",
     "__version__",
@@ -136,6 +138,8 @@ __all__ = [
     "get_domain_parallel_manager",
     "granularity_of",
     "initialize_domain_parallel",
+    "partition_model",
+    "partition_report",
     "plan_domain_parallel",
     "shard_batch",
     "shard_tensor",

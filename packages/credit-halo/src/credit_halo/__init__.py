@@ -14,6 +14,7 @@ from credit_halo.halo_exchange import HaloExchange
 from credit_halo.plan import ExchangePlan, Message, Need, Placement, plan_halo, plan_repartition, plan_rows
 from credit_halo.roll_call import answer_roll_calls
 from credit_halo.timeouts import as_timeout, set_timeouts
+from credit_halo.transpose import transpose_rows
 
 __all__ = [
     "EdgeRule",
@@ -44,4 +45,5 @@ __all__ = [
     "scatter_rows",
     "set_timeouts",
     "take_rows",
+    "transpose_rows",
 ]

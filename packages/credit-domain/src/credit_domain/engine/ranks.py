@@ -35,12 +35,14 @@ class Domain(NamedTuple):
         rank: This rank.
         size: Number of ranks.
         declared: Key of the declared partition of the model's input; empty if there is none.
+        planned: Whether it was decided before anything runs how rows that meet lie.
     """
 
     group: str
     rank: int
     size: int
     declared: str
+    planned: bool = False
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -59,7 +61,8 @@ def domain_of(manager: DomainParallelManager | None) -> Domain:
         return ALONE
     partition = manager.partition
     declared = "" if partition is None else partition.key
-    return Domain(manager.domain_group.group_name, manager.domain_rank, manager.domain_parallel_size, declared)
+    group, planned = manager.domain_group.group_name, getattr(manager, "rows_are_planned", False)
+    return Domain(group, manager.domain_rank, manager.domain_parallel_size, declared, planned)
 
 
 def constant(fn: _F) -> _F:

@@ -24,7 +24,7 @@ def follow(source: tuple[int, ...], target: tuple[int, ...], domain: Domain, lab
         ValueError: On all ranks alike, if so.
     """
     before, after = sum(source), sum(target)
-    if domain.size == 1 or before == after or torch.compiler.is_compiling():
+    if domain.size == 1 or domain.planned or before == after or torch.compiler.is_compiling():
         return
     known = _strided.setdefault(group_by_name(domain.group), Bounded(4096))
     held, where = known.get((domain.declared, after), (target, ""))

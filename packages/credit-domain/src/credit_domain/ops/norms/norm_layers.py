@@ -105,7 +105,7 @@ class _BatchNorm(_Norm):
             )
         group = domain.group
         if synchronised and m.training:
-            group = _synchronised(*domain, m.process_group.group_name if m.process_group else "", self.label)
+            group = _synchronised(domain.group, m.process_group.group_name if m.process_group else "", self.label)
         mean, var = m.running_mean, m.running_var
         momentum: float | Tensor = 0.0 if m.momentum is None else m.momentum
         if not (m.training and m.track_running_stats):
@@ -118,7 +118,7 @@ class _BatchNorm(_Norm):
 
 
 @constant
-def _synchronised(group: str, rank: int, size: int, declared: str, wanted: str, label: str) -> str:
+def _synchronised(group: str, wanted: str, label: str) -> str:
     """The group of a SyncBatchNorm, which must hold the whole domain."""
     assert dist.group.WORLD is not None
     wanted = wanted or dist.group.WORLD.group_name

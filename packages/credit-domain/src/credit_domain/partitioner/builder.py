@@ -1,0 +1,217 @@
+"""Writing this rank's program: values, where their rows lie, and how they get elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from credit_domain.partitioner import steps
+from credit_domain.partitioner.layout import Rows, even, plain
+from credit_domain.partitioner.steps import Place
+
+Layout = Rows | None
+"""How a value lies: divided rows, or None where every rank has the whole."""
+
+
+class Value:
+    """A tensor of the model, and the nodes of this rank's program that hold it.
+
+    Attributes:
+        shape: Shape of the whole.
+        dtype: Its dtype.
+        device: Its device.
+        layout: How it lies.
+        nodes: The node for each layout that it has been brought to.
+        fill: The number that all of its entries are, where nothing has been made of it yet; else None.
+    """
+
+    def __init__(self, like: Tensor, layout: Layout, node: fx.Node | None, fill: Any = None) -> None:
+        self.shape = tuple(int(size) for size in like.shape)
+        self.stride = tuple(like.stride())
+        self.dtype, self.device = like.dtype, like.device
+        self.layout, self.fill = layout, fill
+        self.nodes: dict[Layout, fx.Node] = {} if node is None else {layout: node}
+        self.node_of_factors: Any = None  # of a dropout
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"Value({list(self.shape)}, {self.layout})"
+
+
+@dataclass(frozen=True)
+class Move:
+    """A value that goes from rank to rank.
+
+    Attributes:
+        kind: ``gather``, ``repartition``, ``transpose``, ``take``, ``halo`` or ``sum``.
+        operation: Whose operand it is.
+        module: Qualified name of the module whose call it is in.
+        line: The line of the model's source.
+        bytes: Bytes that this rank receives in a forward, about.
+    """
+
+    kind: str
+    operation: str
+    module: str
+    line: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An operator on rows that every rank does as a whole.
+
+    Attributes:
+        operation: The operator.
+        module: Qualified name of the module whose call it is in.
+        line: The line of the model's source.
+        entries: Entries of its result.
+    """
+
+    operation: str
+    module: str
+    line: str
+    entries: int
+
+
+@dataclass
+class Builder:
+    """This rank's program while it is written.
+
+    Attributes:
+        place: Where it runs.
+        declared: Rows of each rank at the model's input.
+        graph: The program.
+        values: What each node of the traced model became.
+        moves: What goes from rank to rank.
+        repeated: What every rank does as a whole.
+        node: The node of the traced model that is being written.
+        draws: Whether it draws random numbers.
+    """
+
+    place: Place
+    declared: tuple[int, ...]
+    constant_of: Callable[[fx.Node], Tensor | None]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    moves: list[Move] = field(default_factory=list)
+    repeated: list[Repeated] = field(default_factory=list)
+    node: Any = None
+    draws: bool = False
+
+    # What is written
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Write an operator or a step."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["nn_module_stack"] = {} if self.node is None else self.node.meta.get("nn_module_stack", {})
+        return node
+
+    def value(self, node: fx.Node, layout: Layout, like: Any = None) -> Value:
+        """What a written node holds: the value of the present node of the traced model, or one like ``like``."""
+        return Value(self.meta if like is None else like, layout, node)
+
+    @property
+    def meta(self) -> Any:
+        """The present node's result, without memory."""
+        return self.node.meta["val"]
+
+    @property
+    def label(self) -> str:
+        """What errors and traces call the present operator."""
+        return f"{self.module}:{self.node.name}" if self.module else str(self.node.name)
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module whose call the present operator is in."""
+        stack = list(self.node.meta.get("nn_module_stack", {}).values())
+        return str(stack[-1][0]).removeprefix("model").removeprefix(".") if stack else ""
+
+    @property
+    def line(self) -> str:
+        """The line of the model's source."""
+        trace = self.node.meta.get("stack_trace") or ""
+        places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
+        return places[-1] if places else ""
+
+    def moved(self, kind: str, size: int) -> None:
+        """Note that something goes from rank to rank."""
+        self.moves.append(Move(kind, str(self.node.target), self.module, self.line, size))
+
+    def repeats(self) -> None:
+        """Note that every rank does the whole of the present operator."""
+        shape = getattr(self.meta, "shape", ())
+        self.repeated.append(Repeated(str(self.node.target), self.module, self.line, math.prod(shape)))
+
+    # Where values lie
+
+    def at(self, value: Value, layout: Layout) -> fx.Node:
+        """A value, brought to a layout."""
+        if layout in value.nodes:
+            return value.nodes[layout]
+        if value.fill is not None:
+            shape = value.shape if layout is None else layout.shape(value.shape, self.place.rank)
+            make = torch.ops.aten.full.default
+            node = self.emit(make, list(shape), value.fill, dtype=value.dtype, device=value.device)
+        elif None in value.nodes and layout is not None:
+            node = self.emit(steps.sliced(layout, self.place), value.nodes[None])
+        else:
+            node = self._brought(value, layout)
+        value.nodes[layout] = node
+        return node
+
+    def _brought(self, value: Value, layout: Layout) -> fx.Node:
+        source = value.layout
+        assert source is not None
+        if layout is None:
+            self.moved("gather", value.bytes)
+            return self.emit(steps.whole(source, self.place, self.label), value.nodes[source])
+        if (source.dim, source.outer) == (layout.dim, layout.outer):
+            self.moved("repartition", value.bytes // self.place.ranks)
+            step = steps.repartitioned(source, layout.sizes, self.place, self.label)
+            return self.emit(step, value.nodes[source])
+        if source.dim != layout.dim:
+            self.moved("transpose", value.bytes // self.place.ranks)
+            return self.emit(steps.transposed(source, layout, self.place, self.label), value.nodes[source])
+        self.moved("gather", value.bytes)  # kept whole for a moment only
+        every = self.emit(steps.whole(source, self.place, self.label), value.nodes[source])
+        return self.emit(steps.sliced(layout, self.place), every)
+
+    def free(self, value: Value, dims: Iterable[int], prefer: Sequence[int] = ()) -> Layout:
+        """A layout in which some dims are whole: that of the value if they are, else another dim is divided."""
+        if value.layout is None or value.fill is not None:
+            return None
+        kept = {dim % value.ndim for dim in dims}
+        if value.layout.dim not in kept:
+            return value.layout
+        found = self.divisible(value, kept, prefer)
+        return None if found is None else plain(found, even(value.shape[found], self.place.ranks))
+
+    def divisible(self, value: Value, without: Iterable[int], prefer: Sequence[int] = ()) -> int | None:
+        """A dim that can be divided: one with an entry for each rank at least."""
+        ranks, size = self.place.ranks, value.shape
+        others = [d for d in range(value.ndim) if d not in set(without) and size[d] >= ranks]
+        first = [d % value.ndim for d in prefer if d % value.ndim in others]
+        if first:
+            return first[0]
+        return max(others, key=lambda d: (size[d] % ranks == 0, size[d]), default=None)
+
+    def spatial(self, value: Value) -> Rows | None:
+        """A value's layout with rows that are a whole dim, as operators with a halo need them."""
+        if value.layout is None or value.layout.outer == 1:
+            return value.layout
+        return plain(value.layout.dim, even(value.shape[value.layout.dim], self.place.ranks))

@@ -1,0 +1,259 @@
+"""What a model computes, as a graph of torch's operators: traced on tensors without memory, at the full shape.
+
+The trace is that of :func:`torch.export.export`, without in-place changes: those become operators that return something
+new, and buffers that change are results of the graph. Each node knows the modules whose call it is in.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode  # the only way to run a model on a device that holds no memory
+from torch.export.graph_signature import InputKind, OutputKind
+
+from credit_domain._torch_private import buffers_of, parameters_of
+from credit_domain.containers import mapped, tensors_in
+from credit_domain.model.trace import drop_trials, managers_of
+from credit_mesh.extend import set_aside
+
+_one_at_a_time = threading.Lock()
+"""While torch traces, it changes what all threads of a process see; ranks may be threads."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call: its tensors in order, and all else.
+
+    Attributes:
+        values: Positional and keyword arguments.
+        names: Where each tensor stands.
+    """
+
+    values: tuple[tuple[Any, ...], dict[str, Any]]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """From the arguments of a call."""
+        values = (tuple(args), dict(kwargs))
+        return cls(values, tuple(name for name, _ in tensors_in(values)))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors."""
+        return [x for _, x in tensors_in(self.values)]
+
+    def filled(self, tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other tensors."""
+        new = iter(tensors)
+        filled: tuple[tuple[Any, ...], dict[str, Any]] = mapped(self.values, lambda _, x: next(new))
+        return filled
+
+
+class _Flat(nn.Module):
+    """A model that takes tensors alone, and returns tensors alone."""
+
+    def __init__(self, model: nn.Module, arguments: Arguments, tell: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.arguments = arguments
+        self.tell = tell
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.arguments.filled(tensors)
+        out = self.model(*args, **kwargs)
+        places: list[Tensor] = []
+        place: Any = lambda _, x: _Place(places, x)  # noqa: E731
+        self.tell(mapped(out, place))  # an attribute would be put back after the trace
+        return tuple(places)
+
+
+class _Place:
+    """Where a tensor stands in what a model returns."""
+
+    def __init__(self, places: list[Tensor], x: Tensor) -> None:
+        self.at = len(places)
+        places.append(x)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A traced model.
+
+    Attributes:
+        graph: Its operators, whose inputs are placeholders.
+        inputs: The placeholder of each tensor among the arguments.
+        held: Placeholders of parameters, buffers and constants, by the name in the model.
+        constants: Values of tensors that are neither, by name.
+        outputs: The node of each tensor in what the model returns.
+        changed: The node that is the new value of a buffer, by the buffer's name.
+        result: What the model returns, with places instead of tensors.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    held: dict[fx.Node, str]
+    constants: dict[str, Tensor]
+    outputs: tuple[fx.Node, ...]
+    changed: dict[str, fx.Node]
+    result: Any
+
+    def returned(self, tensors: Any) -> Any:
+        """What the model returns, with tensors at their places."""
+        return _fill(self.result, tensors)
+
+
+def _fill(value: Any, tensors: Any) -> Any:
+    if isinstance(value, _Place):
+        return tensors[value.at]
+    if isinstance(value, dict):
+        return type(value)((key, _fill(item, tensors)) for key, item in value.items())
+    if isinstance(value, tuple):
+        made = [_fill(item, tensors) for item in value]
+        return value._make(made) if hasattr(value, "_make") else type(value)(made)
+    if isinstance(value, list):
+        return [_fill(item, tensors) for item in value]
+    if hasattr(value, "__dict__"):
+        held = {key: _fill(item, tensors) for key, item in vars(value).items()}
+        if any(held[key] is not item for key, item in vars(value).items()):
+            new = copy.copy(value)
+            for key, item in held.items():
+                object.__setattr__(new, key, item)
+            return new
+    return value
+
+
+class Ghost:
+    """A copy of a model whose tensors hold no memory, to be traced again when the model itself has been changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        memo = managers_of(model)
+        with self.mode:
+            for module in model.modules():
+                for _name, parameter in parameters_of(module).items():
+                    if parameter is not None and id(parameter) not in memo:
+                        memo[id(parameter)] = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
+                for name, buffer in buffers_of(module).items():  # noqa: B007 - a pair
+                    if buffer is not None:
+                        memo[id(buffer)] = _like(buffer)
+                for value in vars(module).values():
+                    if isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it, and will again
+                        memo[id(value)] = value.detach().clone()
+        self.model = drop_trials(copy.deepcopy(model, memo))
+
+    def capture(self, arguments: Arguments, training: Mapping[str, bool]) -> Captured:
+        """Trace the model.
+
+        Args:
+            arguments: Its arguments, with tensors of the full shape; their values are not read.
+            training: Which modules are in training mode, by name.
+
+        Raises:
+            ValueError: If it cannot be traced, with what torch says.
+        """
+        for name, module in self.model.named_modules():
+            module.training = training.get(name, module.training)
+        with self.mode:
+            tensors = tuple(_like(x, getattr(x, "real_device", None)) for x in arguments.tensors)
+        results: list[Any] = []
+        flat = _Flat(self.model, arguments, results.append)
+        try:
+            with _one_at_a_time, set_aside(), torch.enable_grad():
+                exported = torch.export.export(flat, tensors, strict=False)
+                _detach_without_grad(exported.graph_module)
+                exported = exported.run_decompositions({})
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"
+            ) from error
+        return _read(exported, results[-1])
+
+
+def _like(x: Tensor, device: torch.device | None = None) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
+
+
+def _short(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "\n".join(lines[:12])
+
+
+def _detach_without_grad(module: fx.GraphModule) -> None:
+    """Put what was computed under ``torch.no_grad`` where it was called, on inputs without gradients.
+
+    The next step of torch would put it there with gradients.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        enabled, inner, *args = node.args
+        body = getattr(module, inner.target)
+        if enabled:
+            raise ValueError("torch.enable_grad within torch.no_grad cannot be traced")
+        changed = _changed_inputs(body.graph)
+        values: dict[fx.Node, Any] = {}
+        with graph.inserting_before(node):
+            for placeholder, arg in zip((n for n in body.graph.nodes if n.op == "placeholder"), args, strict=True):
+                if placeholder in changed and arg.op != "placeholder":
+                    raise ValueError("a tensor is changed in place under torch.no_grad; use detach() or a new tensor")
+                values[placeholder] = arg
+                if placeholder not in changed and isinstance(arg, fx.Node) and isinstance(arg.meta["val"], Tensor):
+                    values[placeholder] = graph.call_function(torch.ops.aten.detach.default, (arg,))
+                    values[placeholder].meta = dict(
+                        arg.meta, **{"nn_module_stack": node.meta.get("nn_module_stack", {})}
+                    )
+            out = graph.graph_copy(body.graph, values)
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        for user in list(node.users):
+            assert user.target is not None
+            assert user.args[0] is node
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+
+
+def _changed_inputs(graph: fx.Graph) -> set[fx.Node]:
+    changed = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        for argument in schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                changed.add(named.get(argument.name))
+    return {node for node in changed if isinstance(node, fx.Node) and node.op == "placeholder"}
+
+
+def _read(exported: Any, result: Any) -> Captured:
+    graph, signature = exported.graph, exported.graph_signature
+    nodes = {node.name: node for node in graph.nodes}
+    inputs, held = [], {}
+    for spec in signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            held[node] = spec.target.removeprefix("model.")
+        else:
+            raise ValueError(f"an input of the kind {spec.kind.name} ({spec.target}) cannot be partitioned")
+    outputs, changed = [], {}
+    for spec, node in zip(signature.output_specs, graph.output_node().args[0], strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            outputs.append(node)
+        elif spec.kind is OutputKind.BUFFER_MUTATION:
+            changed[spec.target.removeprefix("model.")] = node
+        else:
+            raise ValueError(f"forward changes {spec.target} in place; change a copy of it instead")
+    constants = {name.removeprefix("model."): x for name, x in exported.constants.items() if isinstance(x, Tensor)}
+    return Captured(graph, tuple(inputs), held, constants, tuple(outputs), changed, result)

@@ -1,0 +1,90 @@
+"""The table of rules, and the rule for what it does not have: every rank does the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from credit_domain.partitioner.builder import Builder, Value
+
+Rule = Callable[..., Any]
+"""Takes the builder and the operator's arguments, with values for tensors; returns values."""
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Make a rule known for operators of aten, such as ``cat`` or ``mean.dim``; a torch may lack some of them."""
+
+    def known(fn: Rule) -> Rule:
+        for name in names:
+            packet, _, overload = name.partition(".")
+            found = getattr(torch.ops.aten, packet, None)
+            if found is not None and hasattr(found, overload or "default"):
+                RULES[getattr(found, overload or "default")] = fn
+        return fn
+
+    return known
+
+
+def rule_for(target: Any) -> Rule:
+    """The rule for an operator."""
+    return RULES.get(target, replicated)
+
+
+def replicated(b: Builder, *args: Any, **kwargs: Any) -> Any:
+    """Every rank brings all operands together and does the whole; random numbers are the same on every rank."""
+    if torch.Tag.nondeterministic_seeded in getattr(b.node.target, "tags", ()):
+        b.draws = True
+    if divided((args, kwargs)):
+        b.repeats()
+    node = b.emit(b.node.target, *whole(b, args), **whole(b, kwargs))
+    return results(b, node, None)
+
+
+def divided(given: Any) -> bool:
+    """Whether any of the values has rows that are divided."""
+    if isinstance(given, Value):
+        return given.layout is not None and given.fill is None
+    if isinstance(given, dict):
+        given = list(given.values())
+    return isinstance(given, (tuple, list)) and any(divided(item) for item in given)
+
+
+def whole(b: Builder, value: Any) -> Any:
+    """Arguments with every value brought together."""
+    return nodes(b, value, lambda v: None)
+
+
+def nodes(b: Builder, value: Any, layout: Callable[[Value], Any]) -> Any:
+    """Arguments with a node for each value, in the layout that a function names."""
+    if isinstance(value, Value):
+        return b.at(value, layout(value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(nodes(b, item, layout) for item in value)
+    if isinstance(value, dict):
+        return {key: nodes(b, item, layout) for key, item in value.items()}
+    return value
+
+
+def results(b: Builder, node: fx.Node, layout: Any) -> Any:
+    """The values of an operator: one, or one for each of its results, all with one layout."""
+    like = b.meta
+    if isinstance(like, Tensor):
+        return b.value(node, layout)
+    if isinstance(like, (tuple, list)):
+        import operator
+
+        return tuple(
+            b.value(b.emit(operator.getitem, node, at), layout, item) if isinstance(item, Tensor) else None
+            for at, item in enumerate(like)
+        )
+    return None
+
+
+def local(b: Builder, layout: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same operator on this rank's part: arguments are nodes already."""
+    return results(b, b.emit(b.node.target, *args, **kwargs), layout)
