@@ -309,6 +309,24 @@ def test_without_a_dict_of_modules(name, ask):
         ask(module)
 
 
+@pytest.mark.parametrize("name", ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
+def test_a_copy_that_is_traced_needs_the_dicts_of_hooks(name):
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: None)
+    in_domain.drop_hooks(module)
+    assert not module._forward_hooks
+    del vars(module)[name]
+    with refused(f"torch.nn.Module.{name}"):
+        in_domain.drop_hooks(module)
+
+
+def test_without_tensors_that_hold_no_memory(monkeypatch):
+    assert in_domain.fake_mode() is not None
+    monkeypatch.delattr("torch._subclasses.FakeTensorMode")
+    with refused("torch._subclasses.FakeTensorMode"):
+        in_domain.fake_mode()
+
+
 @pytest.mark.parametrize("name", ["_parameters", "_buffers", "_modules"])
 def test_a_layer_shares_all_that_a_module_has_or_is_refused(monkeypatch, name):
     monkeypatch.setattr(in_domain, "SHARED", tuple(shared for shared in in_domain.SHARED if shared != name))

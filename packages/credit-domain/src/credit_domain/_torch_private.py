@@ -83,6 +83,23 @@ def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
         raise gone("torch.nn.Module._forward_pre_hooks", "the hooks of a module are not found") from error
 
 
+def drop_hooks(module: nn.Module) -> None:
+    """Take away all that is called before or after a module's forward or backward, from a copy that is only traced."""
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        if name not in vars(module):
+            raise gone(f"torch.nn.Module.{name}", "the hooks of a module are not found")
+        vars(module)[name].clear()
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors on any device hold no memory; the public meta device is one of its own."""
+    try:
+        from torch._subclasses import FakeTensorMode
+    except ImportError as error:
+        raise gone("torch._subclasses.FakeTensorMode", "a model cannot be traced without its memory") from error
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 _never = itertools.count(-1, -1)
 
 

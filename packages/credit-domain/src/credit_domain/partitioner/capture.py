@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode  # the only way to run a model on a device that holds no memory
 from torch.export.graph_signature import InputKind, OutputKind
 
-from credit_domain._torch_private import buffers_of, parameters_of
+from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
 from credit_domain.containers import mapped, tensors_in
-from credit_domain.model.trace import drop_trials, managers_of
+from credit_domain.model.trace import managers_of
 from credit_mesh.extend import set_aside
 
-_one_at_a_time = threading.Lock()
+one_at_a_time = threading.RLock()
 """While torch traces, it changes what all threads of a process see; ranks may be threads."""
 
 
@@ -133,7 +133,7 @@ class Ghost:
     """A copy of a model whose tensors hold no memory, to be traced again when the model itself has been changed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = fake_mode()
         memo = managers_of(model)
         with self.mode:
             for module in model.modules():
@@ -146,7 +146,9 @@ class Ghost:
                 for value in vars(module).values():
                     if isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it, and will again
                         memo[id(value)] = value.detach().clone()
-        self.model = drop_trials(copy.deepcopy(model, memo))
+        self.model = copy.deepcopy(model, memo)
+        for module in self.model.modules():
+            drop_hooks(module)  # the modules themselves call them when they run
 
     def capture(self, arguments: Arguments, training: Mapping[str, bool]) -> Captured:
         """Trace the model.
@@ -165,15 +167,16 @@ class Ghost:
         results: list[Any] = []
         flat = _Flat(self.model, arguments, results.append)
         try:
-            with _one_at_a_time, set_aside(), torch.enable_grad():
+            with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad():
+                warnings.simplefilter("ignore")  # torch warns of its own code
                 exported = torch.export.export(flat, tensors, strict=False)
                 _detach_without_grad(exported.graph_module)
                 exported = exported.run_decompositions({})
+                return _read(exported, results[-1])
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"
             ) from error
-        return _read(exported, results[-1])
 
 
 def _like(x: Tensor, device: torch.device | None = None) -> Tensor:
@@ -235,6 +238,16 @@ def _changed_inputs(graph: fx.Graph) -> set[fx.Node]:
     return {node for node in changed if isinstance(node, fx.Node) and node.op == "placeholder"}
 
 
+def _check_shape(node: fx.Node) -> None:
+    """Refuse a shape that depends on data: nobody knows it before the data is there."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if all(isinstance(size, int) for x in values if isinstance(x, Tensor) for size in x.shape):
+        return
+    place = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line]
+    raise ValueError(f"the shape of what {node.target} returns depends on data ({place[-1] if place else node.name})")
+
+
 def _read(exported: Any, result: Any) -> Captured:
     graph, signature = exported.graph, exported.graph_signature
     nodes = {node.name: node for node in graph.nodes}
@@ -247,6 +260,8 @@ def _read(exported: Any, result: Any) -> Captured:
             held[node] = spec.target.removeprefix("model.")
         else:
             raise ValueError(f"an input of the kind {spec.kind.name} ({spec.target}) cannot be partitioned")
+    for node in graph.nodes:
+        _check_shape(node)
     outputs, changed = [], {}
     for spec, node in zip(signature.output_specs, graph.output_node().args[0], strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:

@@ -1,8 +1,8 @@
 """How the rows of a value lie on the ranks: integers only, no torch.
 
 A dim of a tensor may hold several things at once: a batch of windows holds samples, rows of windows and columns of
-windows. So a dim is taken as a product ``outer * units``, and the units are divided over the ranks. What comes after the
-rows in such a dim (the columns in a dim of ``H * W`` tokens) only makes each rank's share a multiple.
+windows. So a dim is taken as a product ``outer * units``, and the units are divided over the ranks. Columns that come
+after the rows in such a dim, as in a dim of ``H * W`` tokens, make each rank's share a multiple.
 """
 
 from __future__ import annotations

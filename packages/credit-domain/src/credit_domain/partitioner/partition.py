@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from credit_domain._torch_private import buffers_of
 from credit_domain.engine.ranks import domain_of, new_layer, sizes_of
 from credit_domain.model.trace import arguments_of, is_shape
-from credit_domain.partitioner.builder import Builder, Move, Repeated, Value
-from credit_domain.partitioner.capture import Arguments, Captured, Ghost
-from credit_domain.partitioner.layout import plain, scaled
+from credit_domain.partitioner.capture import Arguments, Captured, Ghost, one_at_a_time
 from credit_domain.partitioner.programs import Partitioned, Program, Writer, become, scopes_of
-from credit_domain.partitioner.rules import rule_for
-from credit_domain.partitioner.rules.pointwise import is_pointwise, pointwise
-from credit_domain.partitioner.steps import Place, Planned, named
+from credit_domain.partitioner.report import PartitionReport
+from credit_domain.partitioner.steps import Place, Planned
+from credit_domain.partitioner.writing import Writing
 from credit_halo.extend import agree, has_agreed
 from credit_mesh import DomainParallelManager, RowPartition
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PartitionReport:
-    """What a program sends, and what it does on every rank; prints as a table.
-
-    Attributes:
-        moves: Everything that goes from rank to rank in a forward.
-        repeated: Operators on rows that every rank does as a whole.
-        operators: Operators of the traced model.
-        seconds: What tracing and writing the program took.
-    """
-
-    moves: tuple[Move, ...]
-    repeated: tuple[Repeated, ...]
-    operators: int
-    seconds: float
-
-    @property
-    def gathered(self) -> tuple[Move, ...]:
-        """The values that every rank brings together as a whole."""
-        return tuple(move for move in self.moves if move.kind == "gather")
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.operators} operators; {len(self.moves)} messages, {len(self.gathered)} of which gather a whole value; "
-            f"every rank repeats {len(self.repeated)} operators; traced in {self.seconds:.1f} s"
-        ]
-        for move in self.gathered:
-            lines.append(f"  gathers  {move.module or '(model)'}: {move.operation}, {move.bytes} bytes  {move.line}")
-        for each in self.repeated:
-            lines.append(
-                f"  repeats  {each.module or '(model)'}: {each.operation}, {each.entries} entries  {each.line}"
-            )
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -103,7 +69,7 @@ class Partition:
     layer: Any = field(default_factory=new_layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Partition:
-        return self  # programs name no module
+        return dataclasses.replace(self, traces=dict(self.traces), layer=new_layer())  # programs name no module
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model on this rank's rows."""
@@ -169,16 +135,17 @@ class Partition:
     ) -> Trace:
         start = time.monotonic()
         domain = domain_of(self.manager)
-        device = next((x.device for x in model.parameters()), torch.device("cpu"))
+        device = _where_to_agree(model, domain.process_group)
         what = f"partitioning {type(model).__name__}"
         if domain.process_group is not None:  # ranks that are threads must not run anything while one traces
             agree(domain.process_group, None, what, lambda: f"sizes {sizes}", device)
         problem = made = None
         try:
-            captured = self.ghost.capture(whole, training)
-            place = Place(Planned(self.manager), self.manager.domain_rank, self.manager.domain_parallel_size)
-            made = Writing(captured, model, place, self.shard_dim, sizes, self.divided, whole.names)
-            builder, inputs, outputs = made.write()
+            with one_at_a_time:
+                captured = self.ghost.capture(whole, training)
+                place = Place(Planned(self.manager), self.manager.domain_rank, self.manager.domain_parallel_size)
+                made = Writing(captured, model, place, self.shard_dim, sizes, self.divided, whole.names)
+                builder, inputs, outputs = made.write()
         except ValueError as error:
             problem = str(error)
         if domain.process_group is not None:
@@ -214,89 +181,6 @@ class PartitionedModel(Partitioned):
         return self._partition.run(model, args, kwargs)
 
 
-@dataclass
-class Writing:
-    """One trace, while it becomes a program."""
-
-    captured: Captured
-    model: nn.Module
-    place: Place
-    shard_dim: int
-    sizes: tuple[int, ...]
-    divided: frozenset[str]
-    names: tuple[str, ...]
-    held: dict[fx.Node, str] = field(default_factory=dict)
-
-    def write(self) -> tuple[Builder, list[fx.Node], list[fx.Node]]:
-        """The program, its inputs and its results."""
-        builder = Builder(self.place, self.sizes, self._constant)
-        inputs = []
-        for name, node in zip(self.names, self.captured.inputs, strict=True):
-            like = node.meta["val"]
-            written = builder.graph.placeholder(node.name)
-            inputs.append(written)
-            layout = plain(self.shard_dim % like.ndim, self.sizes) if name in self.divided else None
-            builder.values[node] = Value(like, layout, written)
-        for node, name in self.captured.held.items():
-            if name in self.captured.constants:
-                constant = self.captured.constants[name]
-                written = builder.emit(named(lambda constant=constant: constant, "constant"))
-            else:
-                written = builder.graph.get_attr(name)
-                self.held[written] = name
-            builder.values[node] = Value(node.meta["val"], None, written)
-        for node in self.captured.graph.nodes:
-            if node.op == "call_function":
-                builder.node = node
-                builder.values[node] = self._written(builder, node)
-        builder.node = self.captured.graph.output_node()
-        outputs = [self._result(builder, builder.values[node]) for node in self.captured.outputs]
-        outputs += [builder.at(builder.values[node], None) for node in self.captured.changed.values()]
-        return builder, inputs, outputs
-
-    def _written(self, builder: Builder, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(node.args, lambda n: builder.values[n])
-        kwargs: Any = fx.map_arg(node.kwargs, lambda n: builder.values[n])
-        if getattr(node.target, "__name__", "") == "getitem":
-            return args[0][args[1]]
-        rule: Callable[..., Any] = pointwise if is_pointwise(node.target) else rule_for(node.target)
-        return rule(builder, *args, **kwargs)
-
-    def _result(self, b: Builder, value: Value) -> fx.Node:
-        """How a result is given back: its rows, where it has them."""
-        layout, ndim = value.layout, value.ndim
-        dim = self.shard_dim % ndim if ndim >= 3 else None
-        rows = sum(self.sizes)
-        if dim is None:
-            return b.at(value, None)
-        if value.shape[dim] == rows:
-            return b.at(value, plain(dim, self.sizes))
-        if layout is None or (layout.dim == dim and layout.outer == 1):
-            return b.at(value, layout)
-        return b.at(value, plain(dim, scaled(self.sizes, value.shape[dim])))
-
-    def _constant(self, node: fx.Node) -> Tensor | None:
-        """The value of a node that follows from constants alone."""
-        if node.op == "placeholder":
-            name = self.captured.held.get(node)
-            if name is None or name in self.captured.changed:
-                return None
-            if name in self.captured.constants:
-                return self.captured.constants[name]
-            owner, _, last = name.rpartition(".")
-            found = buffers_of(self.model.get_submodule(owner)).get(last)
-            return None if found is None or found.is_meta else found.detach()
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return None
-        found_args = {used: self._constant(used) for used in node.all_input_nodes}
-        if any(value is None for value in found_args.values()):
-            return None
-        args: Any = fx.map_arg(node.args, lambda n: found_args[n])
-        target: Any = node.target
-        made = target(*args, **fx.map_arg(node.kwargs, lambda n: found_args[n]))
-        return made if isinstance(made, Tensor) else None
-
-
 def partition_model(
     model: nn.Module,
     example_inputs: Any,
@@ -304,31 +188,32 @@ def partition_model(
     *,
     shard_dim: int = -2,
 ) -> nn.Module:
-    """Partition a model, in place, operation by operation, so that it works on sharded rows with the numbers of one rank.
+    """Partition a model, in place, operation by operation, so that ranks with rows give the numbers of one rank.
 
-    The model is traced once on tensors without memory, at the full shape. For each operator of the trace it is decided how
-    its rows lie, and this rank's program is written. Each module of the model then runs its part of the program, so that
-    hooks, FSDP2, activation checkpoints and the state dict find what they know. A call with another batch, mode or height
-    is traced again by itself.
+    The model is traced once on tensors without memory, at the full shape. A rule for each operator of the trace decides
+    how its rows lie, and writes its part of this rank's program. Each module of the model then runs its part of the
+    program. So hooks, FSDP2, activation checkpoints and the state dict find what they know. A call with another batch,
+    height or mode of the modules is traced again by itself.
 
     Args:
         model: The model. Parameters stay the same objects under the same names.
-        example_inputs: Its arguments of the **whole**: a tensor, a shape, or a tuple or dict of arguments, of which each
-            is a tensor, a shape or anything else that ``forward`` takes. Values of tensors are not read; tensors on the
-            meta device hold no memory. What has as many rows as the first tensor with three dims or more is sharded.
+        example_inputs: Its arguments of the **whole**: a tensor, a shape, or a tuple or dict of them. An
+            argument is a tensor, a shape or anything else that ``forward`` takes. Values of tensors are not read; those
+            on the meta device hold no memory. An argument is sharded if it has three dims or more, and as many rows as
+            the first such argument.
         manager: The domain-parallel manager.
         shard_dim: The sharded dim; -2 is latitude in (B, C, H, W).
 
     Returns:
-        The model. It takes and returns this rank's rows. What it returns without rows is the same on every rank, and
-        counts once for each (see :mod:`credit_halo.collectives`).
+        The model. It takes and returns this rank's rows. A result without rows is the same on every rank, and counts
+        once for each (see :mod:`credit_halo.collectives`).
 
     Raises:
-        ValueError: If the model cannot be traced, with what torch says, or an operator cannot be divided; for every rank
-            alike. The model is not changed then.
+        ValueError: On all ranks alike, if the model is partitioned already, or cannot be traced, with what torch says.
+            The model is not changed then.
 
     Collectives:
-        None here; those of the report (:func:`partition_report`) in a call.
+        Two small all-gathers for each trace. In a call those of the report (:func:`partition_report`).
     """
     if getattr(model, "_partition", None) is not None:
         raise ValueError(f"{type(model).__name__} is partitioned already")
@@ -367,6 +252,14 @@ def partition_model(
         raise
     model.__dict__["_partition_report"] = trace.report
     return model
+
+
+def _where_to_agree(model: nn.Module, group: ProcessGroup | None) -> torch.device:
+    """A device whose tensors the group can move; the model may be on the meta device."""
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    return torch.device("cuda" if group is not None and "nccl" in dist.get_backend(group) else "cpu")
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

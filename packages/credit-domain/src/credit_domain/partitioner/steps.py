@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from credit_domain.engine.driver import Call, move
@@ -71,6 +72,28 @@ def sliced(rows: Rows, place: Place) -> Step:
 def split(x: Tensor, dim: int, outer: int) -> Tensor:
     """A dim as two: how often the units stand there, and the units. Sizes are written out: there may be no rows."""
     return x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :])
+
+
+def on_no_rows(target: Step, dim: int) -> Step:
+    """An operator for a rank without rows: it gets one row, and none of what comes out; the rank stays in the graph."""
+
+    def one_row(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            for at, size in enumerate(value.shape):
+                if not size:
+                    shape = [max(1, n) if d <= at else n for d, n in enumerate(value.shape)]
+                    value = torch.cat([value, value.new_ones(shape)], at)
+        return [one_row(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def no_row(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.narrow(dim, 0, 0)
+        return tuple(no_row(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return no_row(target(*one_row(args), **kwargs))
+
+    return named(step, str(getattr(target, "__name__", "step")).replace(".", "_"))
 
 
 def _on_units(rows: Rows, after: int, fn: Callable[[Tensor, int], Tensor]) -> Step:

@@ -17,7 +17,7 @@ from credit_domain.ops.interpolation.interpolation import resampled_partition
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows
 from credit_domain.ops.pooling.pooling import Windows
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.layout import Rows, plain
+from credit_domain.partitioner.layout import Rows, in_blocks, plain
 from credit_domain.partitioner.rules.table import local, nodes, replicated, rule, whole
 from credit_domain.partitioner.steps import named, partition
 from credit_mesh import RowPartition
@@ -248,22 +248,28 @@ def interpolate(b: Builder, x: Value, size: Any, *args: Any) -> Any:
     return b.value(b.emit(named(resample, "interpolate"), b.at(x, layout)), plain(layout.dim, target.sizes))
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+@rule("channel_shuffle")
+def channel_shuffle(b: Builder, x: Value, factor: int) -> Any:
+    """Channels in another order."""
+    layout = b.free(x, [x.ndim - 3])
+    return local(b, layout, b.at(x, layout), factor)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
 def shuffle(b: Builder, x: Value, factor: int) -> Any:
     """Channels and rows in exchange."""
-    name = b.node.target
-    if name is aten.channel_shuffle.default:
-        layout = b.free(x, [x.ndim - 3])
-        return local(b, layout, b.at(x, layout), factor)
     layout, divided = _over_space(b, x, 2)
-    if not divided:
-        return local(b, layout, b.at(x, layout), factor)
-    if name is aten.pixel_shuffle.default:
-        return local(b, plain(layout.dim, [size * factor for size in layout.sizes]), b.at(x, layout), factor)
-    from credit_domain.partitioner.layout import in_blocks
-
-    layout = layout._replace(sizes=in_blocks(layout.sizes, factor))
-    return local(b, plain(layout.dim, [size // factor for size in layout.sizes]), b.at(x, layout), factor)
+    out = layout
+    if divided and b.node.target is aten.pixel_shuffle.default:
+        out = plain(layout.dim, [size * factor for size in layout.sizes])
+    elif divided:
+        layout = layout._replace(sizes=in_blocks(layout.sizes, factor))
+        out = plain(layout.dim, [size // factor for size in layout.sizes])
+    if layout is None or layout.sizes[b.place.rank]:
+        return local(b, out, b.at(x, layout), factor)
+    # Torch's own returns no rows in the shape that they came in.
+    shape = list(out.shape([int(n) for n in b.meta.shape], b.place.rank))
+    return b.value(b.emit(aten.reshape.default, b.at(x, layout), shape), out)
 
 
 # Norms

@@ -203,11 +203,11 @@ def _index_elsewhere(b: Builder, x: Value, tables: list[Any], args: Any) -> Any:
             if b.node.target is aten.index_select.default:
                 return local(b, rows._replace(dim=used[0]), first, used[0], made[used[0]])
             return local(b, rows._replace(dim=rows.dim + used[0]), first, made)
-    if layout is not None and together and layout.dim not in used:
-        if not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in tables):
-            ndim = max(tables[d].ndim for d in used)
-            out = layout._replace(dim=layout.dim + (ndim - len(used) if layout.dim > used[-1] else 0))
-            return local(b, out, b.at(x, layout), *_plain_args(b, args))
+    masks = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in tables)
+    if layout is not None and together and layout.dim not in used and not masks:
+        ndim = max(tables[d].ndim for d in used)
+        out = layout._replace(dim=layout.dim + (ndim - len(used) if layout.dim > used[-1] else 0))
+        return local(b, out, b.at(x, layout), *_plain_args(b, args))
     return replicated(b, x, *args)
 
 

@@ -71,6 +71,8 @@ def _values(given: Any, found: list[Value]) -> None:
 for _name in ("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh_copy", "view_of", "fill.Scalar"):
     rule(_name)(pointwise)
 for _name in (
+    "complex",
+    "polar",
     "to.dtype",
     "to.device",
     "type_as",

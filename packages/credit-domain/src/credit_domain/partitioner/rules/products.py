@@ -35,6 +35,7 @@ def contraction(
     """Write a contraction.
 
     Args:
+        b: The builder.
         operands: The values.
         letters: A letter for each dim of each. A dim of one entry that is broadcast must have a letter of its own.
         out: The letters of the result.

@@ -28,13 +28,21 @@ def _reduced(b: Builder, x: Value, dims: list[int], keepdim: bool) -> Any:
     return layout if keepdim else layout._replace(dim=layout.dim - sum(d < layout.dim for d in dims))
 
 
-def _reduce(b: Builder, x: Value, dims: Any, keepdim: bool, over: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _reduce(
+    b: Builder,
+    x: Value,
+    dims: Any,
+    keep: bool,
+    over: Callable[..., Any],
+    args: Any = (),
+    kwargs: Any = {},  # noqa: B006
+) -> Any:
     """Torch's own operator of this rank's part, or ``over`` where the rows are reduced."""
     along, layout = _dims(x, dims), x.layout
     if layout is None:
         return local(b, None, b.at(x, None), *args, **kwargs)
     if layout.dim not in along:
-        return local(b, _reduced(b, x, along, keepdim), b.at(x, layout), *args, **kwargs)
+        return local(b, _reduced(b, x, along, keep), b.at(x, layout), *args, **kwargs)
     sizes = tuple(size * layout.outer for size in layout.sizes)
     where = {"dim": layout.dim, "partition": partition(sizes), "manager": b.place.manager, "label": b.label}
     b.moved("sum", x.bytes // x.shape[layout.dim] if x.shape[layout.dim] else 0)
@@ -52,7 +60,7 @@ def sum_(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, *, dtype
     def sum_rows(x: Any, along: Any, where: Any) -> Any:
         return F.sum(x, along, keepdim, dtype=dtype, **where)
 
-    return _reduce(b, x, dims, keepdim, sum_rows, *given, dtype=dtype)
+    return _reduce(b, x, dims, keepdim, sum_rows, given, {"dtype": dtype})
 
 
 @rule("mean", "mean.dim")
@@ -63,7 +71,7 @@ def mean(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, *, dtype
     def mean_rows(x: Any, along: Any, where: Any) -> Any:
         return F.mean(x, along, keepdim, dtype=dtype, **where)
 
-    return _reduce(b, x, dims, keepdim, mean_rows, *given, dtype=dtype)
+    return _reduce(b, x, dims, keepdim, mean_rows, given, {"dtype": dtype})
 
 
 @rule("amax", "amin")
@@ -74,7 +82,7 @@ def extreme(b: Builder, x: Value, dims: Any = (), keepdim: bool = False) -> Any:
     def extreme_of_rows(x: Any, along: Any, where: Any) -> Any:
         return over(x, along, keepdim, **where)
 
-    return _reduce(b, x, dims, keepdim, extreme_of_rows, list(_dims(x, dims)), keepdim)
+    return _reduce(b, x, dims, keepdim, extreme_of_rows, (_dims(x, dims), keepdim))
 
 
 @rule("var.dim", "std.dim", "var_mean.dim", "var", "std", "var_mean")
@@ -101,7 +109,7 @@ def _variance(b: Builder, x: Value, dims: Any, by: Any, keepdim: bool, args: Any
     def variance_of_rows(x: Any, along: Any, where: Any) -> Any:
         return over(x, along, correction=by, keepdim=keepdim, **where)
 
-    return _reduce(b, x, dims, keepdim, variance_of_rows, *args, **kwargs)
+    return _reduce(b, x, dims, keepdim, variance_of_rows, args, kwargs)
 
 
 @rule("logsumexp")
@@ -111,7 +119,7 @@ def logsumexp(b: Builder, x: Value, dims: Any, keepdim: bool = False) -> Any:
     def logsumexp_of_rows(x: Any, along: Any, where: Any) -> Any:
         return F.logsumexp(x, along, keepdim, **where)
 
-    return _reduce(b, x, dims, keepdim, logsumexp_of_rows, dims, keepdim)
+    return _reduce(b, x, dims, keepdim, logsumexp_of_rows, (dims, keepdim))
 
 
 @rule("softmax.int", "_softmax", "_safe_softmax")

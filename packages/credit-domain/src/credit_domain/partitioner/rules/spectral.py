@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.rules.table import rule
+from credit_domain.partitioner.rules.table import able, rule
 
 aten = torch.ops.aten
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 def _one(b: Builder, x: Value, target: Any, n: Any, dim: int, norm: Any, done: Sequence[int], like: Any) -> Value:
     """A transform along one dim, which every rank has whole."""
     layout = b.free(x, [dim], prefer=done)
-    return Value(like, layout, b.emit(target, b.at(x, layout), n, dim, norm))
+    return Value(like, layout, b.emit(able(b, target, layout), b.at(x, layout), n, dim, norm))
 
 
 def _like(x: Value, target: Any, n: Any, dim: int, norm: Any) -> torch.Tensor:

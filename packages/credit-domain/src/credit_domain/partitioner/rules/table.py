@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from credit_domain.partitioner.builder import Builder, Value
+from credit_domain.partitioner import steps
+from credit_domain.partitioner.builder import Builder, Layout, Value
 
 Rule = Callable[..., Any]
 """Takes the builder and the operator's arguments, with values for tensors; returns values."""
@@ -17,14 +18,18 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Make a rule known for operators of aten, such as ``cat`` or ``mean.dim``; a torch may lack some of them."""
+    """Make a rule known for operators of aten, such as ``cat`` or ``mean.dim``; a torch may lack some of them.
+
+    The operator whose name has an underscore before it, if there is one, does the same within torch.
+    """
 
     def known(fn: Rule) -> Rule:
         for name in names:
             packet, _, overload = name.partition(".")
-            found = getattr(torch.ops.aten, packet, None)
-            if found is not None and hasattr(found, overload or "default"):
-                RULES[getattr(found, overload or "default")] = fn
+            for each in (packet, f"_{packet}"):
+                found = getattr(torch.ops.aten, each, None)
+                if found is not None and hasattr(found, overload or "default"):
+                    RULES[getattr(found, overload or "default")] = fn
         return fn
 
     return known
@@ -87,4 +92,14 @@ def results(b: Builder, node: fx.Node, layout: Any) -> Any:
 
 def local(b: Builder, layout: Any, *args: Any, **kwargs: Any) -> Any:
     """The same operator on this rank's part: arguments are nodes already."""
-    return results(b, b.emit(b.node.target, *args, **kwargs), layout)
+    return results(b, b.emit(able(b, b.node.target, layout), *args, **kwargs), layout)
+
+
+_NEED_ROWS = ("aten.fft_", "aten.grid_sampler")
+
+
+def able(b: Builder, target: Any, layout: Layout) -> Any:
+    """An operator that also takes the part of a rank without rows, which some of torch's refuse."""
+    if layout is None or layout.sizes[b.place.rank] or not str(target).startswith(_NEED_ROWS):
+        return target
+    return steps.on_no_rows(target, layout.dim)

@@ -38,9 +38,7 @@ def view(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Any:
     return b.value(node, out)
 
 
-@rule(
-    "view.dtype", "view_as_real", "view_as_complex", "real", "imag", "conj", "_conj", "resolve_conj", "_conj_physical"
-)
+@rule("view.dtype", "view_as_real", "view_as_complex", "real", "imag", "conj", "resolve_conj", "conj_physical")
 def reinterpret(b: Builder, x: Value, *args: Any) -> Any:
     """Entries in other terms; the last dim may come or go."""
     layout = x.layout

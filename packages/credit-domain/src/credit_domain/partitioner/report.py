@@ -1,0 +1,42 @@
+"""What a program sends, and what it does on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from credit_domain.partitioner.builder import Move, Repeated
+
+
+@dataclass(frozen=True)
+class PartitionReport:
+    """What a program sends, and what it does on every rank; prints as a table.
+
+    Attributes:
+        moves: Everything that goes from rank to rank in a forward.
+        repeated: Operators on rows that every rank does as a whole.
+        operators: Operators of the traced model.
+        seconds: What tracing and writing the program took.
+    """
+
+    moves: tuple[Move, ...]
+    repeated: tuple[Repeated, ...]
+    operators: int
+    seconds: float
+
+    @property
+    def gathered(self) -> tuple[Move, ...]:
+        """The values that every rank brings together as a whole."""
+        return tuple(move for move in self.moves if move.kind == "gather")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.operators} operators; {len(self.moves)} messages, of which {len(self.gathered)} gather a whole "
+            f"value; every rank repeats {len(self.repeated)} operators; traced in {self.seconds:.1f} s"
+        ]
+        for move in self.gathered:
+            lines.append(f"  gathers  {move.module or '(model)'}: {move.operation}, {move.bytes} bytes  {move.line}")
+        for each in self.repeated:
+            lines.append(
+                f"  repeats  {each.module or '(model)'}: {each.operation}, {each.entries} entries  {each.line}"
+            )
+        return "\n".join(lines)
