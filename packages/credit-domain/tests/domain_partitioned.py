@@ -24,6 +24,7 @@ class SharedGhost:
 
     def __init__(self, model: nn.Module) -> None:
         self.ghost, self.captured = Ghost(model), dict[Any, Captured]()
+        self.signature = self.ghost.signature
 
     def capture(self, arguments: Arguments, training: Any) -> Captured:
         key = tuple((tuple(x.shape), x.dtype) for x in arguments.tensors), tuple(training.values())

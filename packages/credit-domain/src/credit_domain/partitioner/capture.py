@@ -7,6 +7,7 @@ new, and buffers that change are results of the graph. Each node knows the modul
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,6 +44,16 @@ class Arguments:
         """From the arguments of a call."""
         values = (tuple(args), dict(kwargs))
         return cls(values, tuple(name for name, _ in tensors_in(values)))
+
+    @classmethod
+    def bound(cls, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Likewise; an argument has the same name whether it is given by position or by keyword.
+
+        Raises:
+            TypeError: If the signature does not take them.
+        """
+        found = signature.bind(*args, **kwargs)
+        return cls.of(found.args, found.kwargs)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -150,6 +161,11 @@ class Ghost:
         for module in self.model.modules():
             drop_hooks(module)  # the modules themselves call them when they run
 
+    @property
+    def signature(self) -> inspect.Signature:
+        """What the model takes."""
+        return inspect.signature(self.model.forward)
+
     def capture(self, arguments: Arguments, training: Mapping[str, bool]) -> Captured:
         """Trace the model.
 
@@ -163,7 +179,7 @@ class Ghost:
         for name, module in self.model.named_modules():
             module.training = training.get(name, module.training)
         with self.mode:
-            tensors = tuple(_like(x, getattr(x, "real_device", None)) for x in arguments.tensors)
+            tensors = tuple(_like(x, device_of(x)) for x in arguments.tensors)
         results: list[Any] = []
         flat = _Flat(self.model, arguments, results.append)
         try:
@@ -177,6 +193,12 @@ class Ghost:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"
             ) from error
+
+
+def device_of(x: Tensor) -> torch.device:
+    """Where a tensor is, or will be: one on the meta device may stand for one elsewhere."""
+    found: torch.device = getattr(x, "real_device", x.device)
+    return found
 
 
 def _like(x: Tensor, device: torch.device | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from credit_domain._torch_private import buffers_of
 from credit_domain.engine.ranks import domain_of, new_layer, sizes_of
 from credit_domain.model.trace import arguments_of, is_shape
-from credit_domain.partitioner.capture import Arguments, Captured, Ghost, one_at_a_time
+from credit_domain.partitioner.capture import Arguments, Captured, Ghost, device_of, one_at_a_time
 from credit_domain.partitioner.programs import Partitioned, Program, Writer, become, scopes_of
 from credit_domain.partitioner.report import PartitionReport
 from credit_domain.partitioner.steps import Place, Planned
@@ -57,7 +57,8 @@ class Partition:
         manager: Its manager.
         shard_dim: The sharded dim.
         divided: Which of its arguments have rows, by name.
-        traces: The programs that were written.
+        traces: The programs that were written, by all that they depend on.
+        by_shape: Those for tensors as positional arguments, by their shapes here and the mode of the model.
     """
 
     ghost: Ghost
@@ -65,20 +66,38 @@ class Partition:
     shard_dim: int
     divided: frozenset[str]
     traces: dict[Any, Trace] = field(default_factory=dict)
+    by_shape: dict[Any, Trace] = field(default_factory=dict)
     numbers: int = 0
     layer: Any = field(default_factory=new_layer)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Partition:
-        return dataclasses.replace(self, traces=dict(self.traces), layer=new_layer())  # programs name no module
+    def __deepcopy__(self, memo: dict[int, Any]) -> Partition:  # programs name no module
+        known = {"traces": dict(self.traces), "by_shape": dict(self.by_shape)}
+        return dataclasses.replace(self, **known, layer=new_layer())  # type: ignore[arg-type]
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model on this rank's rows."""
-        arguments = Arguments.of(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._run_compiled(model, args, kwargs)
+        arguments = Arguments.bound(self.ghost.signature, args, kwargs)
         sizes = self._sizes(arguments)
         trace = self.trace(model, arguments, sizes)
         if trace.draws:
             self._agree_on_seed(arguments.tensors[0].device)
-        outs = model._programs[trace.number](model, *arguments.tensors)  # type: ignore[index, operator]
+        return self._run(model, trace, arguments.tensors)
+
+    def _run_compiled(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Likewise while torch.compile traces, which cannot write a program meanwhile."""
+        tensors = [*args, *kwargs.values()]
+        key = (tuple([tuple(x.shape) for x in tensors if isinstance(x, Tensor)]), model.training)
+        if kwargs or len(key[0]) < len(tensors) or key not in self.by_shape:
+            raise ValueError(
+                "no program is known for a compiled call with these shapes in this mode: call the model once before it "
+                "is compiled, and pass tensors as positional arguments alone"
+            )
+        return self._run(model, self.by_shape[key], tensors)
+
+    def _run(self, model: nn.Module, trace: Trace, tensors: Sequence[Tensor]) -> Any:
+        outs = model._programs[trace.number](model, *tensors)  # type: ignore[index, operator]
         outs = outs if isinstance(outs, tuple) else (outs,)
         kept = len(outs) - len(trace.buffers)
         with torch.no_grad():
@@ -112,12 +131,25 @@ class Partition:
             ValueError: If the model cannot be traced, or an operator cannot be divided.
         """
         training = {name: module.training for name, module in model.named_modules()}
-        shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in arguments.tensors)
+        shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in arguments.tensors)
         others = repr(arguments.filled(arguments.names))
         key = (arguments.names, shapes, others, sizes, tuple(training.values()))
         if key not in self.traces:
             self.traces[key] = self._traced(model, self._whole(arguments, sizes), training, sizes)
+            if not arguments.values[1] and len(arguments.names) == len(arguments.values[0]):
+                self.by_shape[tuple(tuple(x.shape) for x in arguments.tensors), model.training] = self.traces[key]
         return self.traces[key]
+
+    def local(self, arguments: Arguments, partition: RowPartition) -> Arguments:
+        """This rank's arguments, without memory, from those of the whole."""
+        made = []
+        for name, x in zip(arguments.names, arguments.tensors, strict=True):
+            shape = list(x.shape)
+            if name in self.divided:
+                shape[self.shard_dim] = partition.sizes[self.manager.domain_rank]
+            made.append(torch.empty(shape, dtype=x.dtype, device="meta"))
+            made[-1].real_device = device_of(x)  # type: ignore[attr-defined]
+        return Arguments(arguments.filled(made), arguments.names)
 
     def _whole(self, arguments: Arguments, sizes: tuple[int, ...]) -> Arguments:
         """Arguments with tensors of the full shape, without memory."""
@@ -127,7 +159,7 @@ class Partition:
             if name in self.divided:
                 shape[self.shard_dim] = sum(sizes)
             made.append(torch.empty(shape, dtype=x.dtype, device="meta"))
-            made[-1].real_device = x.device  # type: ignore[attr-defined]
+            made[-1].real_device = device_of(x)  # type: ignore[attr-defined]
         return Arguments(arguments.filled(made), arguments.names)
 
     def _traced(
@@ -230,7 +262,8 @@ def partition_model(
         return value
 
     args, kwargs = arguments_of(example_inputs, unreal)
-    arguments = Arguments.of(args, kwargs)
+    ghost = Ghost(model)
+    arguments = Arguments.bound(ghost.signature, args, kwargs)
     rows = next((x.shape[shard_dim] for x in arguments.tensors if x.ndim >= 3), None)
     if rows is None:
         raise ValueError("example_inputs must have a tensor with three dims or more, whose rows are to be sharded")
@@ -239,14 +272,13 @@ def partition_model(
         for name, x in zip(arguments.names, arguments.tensors, strict=True)
         if x.ndim >= 3 and x.shape[shard_dim] == rows
     )
-    partition = Partition(Ghost(model), manager, shard_dim, divided)
+    partition = Partition(ghost, manager, shard_dim, divided)
     declared = manager.partition
     if declared is None or declared.rows != rows:
         declared = RowPartition.even(rows, manager.domain_parallel_size, getattr(manager, "granularity", 1))
-    training = {name: module.training for name, module in model.named_modules()}
     model.__dict__["_partition"] = partition
     try:
-        trace = partition._traced(model, arguments, training, declared.sizes)
+        trace = partition.trace(model, partition.local(arguments, declared), declared.sizes)
     except BaseException:
         del model.__dict__["_partition"]
         raise
