@@ -86,12 +86,18 @@ def run_composed(rank: int, how: str) -> None:
         "DDP": nn.parallel.DistributedDataParallel,
         "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
     }
+    calls: list[int] = []
+    next(module for name, module in model.named_modules() if name.endswith("conv")).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     model = around.get(how, lambda model: model)(model)
     for _ in range(2):
+        calls.clear()
         model.zero_grad()
         part = whole.detach()[:, :, rows].clone().requires_grad_()
         made = model(part)
         (made * factor[:, :, rows]).sum().backward()
+    assert len(calls) == (2 if "wrapped" in how or "recomputed" in how else 1) or how == "compiled"
     close = {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(made, out[:, :, rows], **close)
     torch.testing.assert_close(part.grad, whole.grad[:, :, rows], **close)

@@ -101,6 +101,8 @@ class Builder:
         repeated: What every rank does as a whole.
         node: The node of the traced model that is being written.
         draws: Whether it draws random numbers.
+        checkpoint: The call of ``torch.utils.checkpoint`` that the present operator is in, and how many calls of
+            modules that call is in.
     """
 
     place: Place
@@ -112,6 +114,7 @@ class Builder:
     repeated: list[Repeated] = field(default_factory=list)
     node: Any = None
     draws: bool = False
+    checkpoint: tuple[int, int] | None = None
 
     # What is written
 
@@ -119,6 +122,7 @@ class Builder:
         """Write an operator or a step."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = {} if self.node is None else self.node.meta.get("nn_module_stack", {})
+        node.meta["checkpoint"] = self.checkpoint
         return node
 
     def value(self, node: fx.Node, layout: Layout, like: Any = None) -> Value:

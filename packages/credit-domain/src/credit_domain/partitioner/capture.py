@@ -21,6 +21,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.model.trace import managers_of
+from credit_domain.partitioner.names import plain_name
+from credit_domain.partitioner.recomputing import Calls, marked_checkpoints
 from credit_mesh.extend import set_aside
 
 one_at_a_time = threading.RLock()
@@ -105,6 +107,7 @@ class Captured:
         outputs: The node of each tensor in what the model returns.
         changed: The node that is the new value of a buffer, by the buffer's name.
         result: What the model returns, with places instead of tensors.
+        checkpoints: The keyword arguments of each call of ``torch.utils.checkpoint`` within.
     """
 
     graph: fx.Graph
@@ -114,6 +117,7 @@ class Captured:
     outputs: tuple[fx.Node, ...]
     changed: dict[str, fx.Node]
     result: Any
+    checkpoints: Calls
 
     def returned(self, tensors: Any) -> Any:
         """What the model returns, with tensors at their places."""
@@ -177,7 +181,7 @@ class Ghost:
             ValueError: If it cannot be traced, with what torch says.
         """
         for name, module in self.model.named_modules():
-            module.training = training.get(name, module.training)
+            module.training = training.get(plain_name(name), module.training)
         with self.mode:
             tensors = tuple(_like(x, device_of(x)) for x in arguments.tensors)
         results: list[Any] = []
@@ -185,10 +189,11 @@ class Ghost:
         try:
             with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad():
                 warnings.simplefilter("ignore")  # torch warns of its own code
-                exported = torch.export.export(flat, tensors, strict=False)
+                with marked_checkpoints(self.model) as checkpoints:
+                    exported = torch.export.export(flat, tensors, strict=False)
                 _detach_without_grad(exported.graph_module)
                 exported = exported.run_decompositions({})
-                return _read(exported, results[-1])
+                return _read(exported, results[-1], checkpoints)
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"
@@ -270,7 +275,7 @@ def _check_shape(node: fx.Node) -> None:
     raise ValueError(f"the shape of what {node.target} returns depends on data ({place[-1] if place else node.name})")
 
 
-def _read(exported: Any, result: Any) -> Captured:
+def _read(exported: Any, result: Any, checkpoints: Calls) -> Captured:
     graph, signature = exported.graph, exported.graph_signature
     nodes = {node.name: node for node in graph.nodes}
     inputs, held = [], {}
@@ -279,7 +284,7 @@ def _read(exported: Any, result: Any) -> Captured:
         if spec.kind is InputKind.USER_INPUT:
             inputs.append(node)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            held[node] = spec.target.removeprefix("model.")
+            held[node] = plain_name(spec.target.removeprefix("model."))
         else:
             raise ValueError(f"an input of the kind {spec.kind.name} ({spec.target}) cannot be partitioned")
     for node in graph.nodes:
@@ -289,8 +294,10 @@ def _read(exported: Any, result: Any) -> Captured:
         if spec.kind is OutputKind.USER_OUTPUT:
             outputs.append(node)
         elif spec.kind is OutputKind.BUFFER_MUTATION:
-            changed[spec.target.removeprefix("model.")] = node
+            changed[plain_name(spec.target.removeprefix("model."))] = node
         else:
             raise ValueError(f"forward changes {spec.target} in place; change a copy of it instead")
-    constants = {name.removeprefix("model."): x for name, x in exported.constants.items() if isinstance(x, Tensor)}
-    return Captured(graph, tuple(inputs), held, constants, tuple(outputs), changed, result)
+    constants = {
+        plain_name(name.removeprefix("model.")): x for name, x in exported.constants.items() if isinstance(x, Tensor)
+    }
+    return Captured(graph, tuple(inputs), held, constants, tuple(outputs), changed, result, checkpoints)

@@ -19,6 +19,7 @@ from credit_domain._torch_private import buffers_of
 from credit_domain.engine.ranks import domain_of, new_layer, sizes_of
 from credit_domain.model.trace import arguments_of, is_shape
 from credit_domain.partitioner.capture import Arguments, Captured, Ghost, device_of, one_at_a_time
+from credit_domain.partitioner.names import module_of, plain_name
 from credit_domain.partitioner.programs import Partitioned, Program, Writer, become, scopes_of
 from credit_domain.partitioner.report import PartitionReport
 from credit_domain.partitioner.steps import Place, Planned
@@ -103,7 +104,7 @@ class Partition:
         with torch.no_grad():
             for name, value in zip(trace.buffers, outs[kept:], strict=True):
                 owner, _, last = name.rpartition(".")
-                buffer = buffers_of(model.get_submodule(owner))[last]
+                buffer = buffers_of(module_of(model, owner))[last]
                 assert buffer is not None
                 buffer.copy_(value)
         return trace.captured.returned(outs[:kept])
@@ -130,7 +131,7 @@ class Partition:
         Raises:
             ValueError: If the model cannot be traced, or an operator cannot be divided.
         """
-        training = {name: module.training for name, module in model.named_modules()}
+        training = {plain_name(name): module.training for name, module in model.named_modules()}
         shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in arguments.tensors)
         others = repr(arguments.filled(arguments.names))
         key = (arguments.names, shapes, others, sizes, tuple(training.values()))
@@ -186,7 +187,7 @@ class Partition:
         elif problem is not None:
             raise ValueError(problem)
         assert made is not None
-        writer = Writer(made.held, lambda name, program: self._keep(model, name, program))
+        writer = Writer(made.held, captured.checkpoints, lambda name, program: self._keep(model, name, program))
         number = writer.write(scopes_of(builder.graph), inputs, outputs)
         operators = sum(node.op == "call_function" for node in captured.graph.nodes)
         report = PartitionReport(tuple(builder.moves), tuple(builder.repeated), operators, time.monotonic() - start)
@@ -194,7 +195,7 @@ class Partition:
         return Trace(number, captured, tuple(captured.changed), builder.draws, report)
 
     def _keep(self, model: nn.Module, name: str, program: Program) -> int:
-        module = model.get_submodule(name)
+        module = module_of(model, name)
         become(module, PartitionedModel if module is model else Partitioned)
         module.__dict__.pop("forward", None)
         self.numbers += 1

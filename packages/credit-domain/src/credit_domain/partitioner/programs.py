@@ -10,6 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from credit_domain.partitioner.names import plain_name
+from credit_domain.partitioner.recomputing import Calls, recomputed
+from credit_domain.partitioner.steps import named
+
 Program = Callable[..., Any]
 
 
@@ -20,11 +24,13 @@ class Scope:
     Attributes:
         path: The keys of the calls that it is in, and its own.
         name: Qualified name of the module.
+        checkpoint: The number of the call of ``torch.utils.checkpoint``, where it is one and not of a module.
         items: Nodes of the whole program, and calls of modules.
     """
 
     path: tuple[str, ...]
     name: str
+    checkpoint: int | None = None
     items: list[fx.Node | Scope] = field(default_factory=list)
 
     def nodes(self) -> Iterable[fx.Node]:
@@ -44,17 +50,28 @@ def scopes_of(graph: fx.Graph) -> Scope:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        path: list[tuple[str, str]] = []
-        for key, (name, _) in list(node.meta.get("nn_module_stack", {}).items())[2:]:
-            path.append((key, name.removeprefix("model.")))
-        keys = tuple(key for key, _ in path)
+        path: list[tuple[str, str, int | None]] = []
+        outside = 0  # calls of modules that the checkpoint is in
+        number, depth = node.meta.get("checkpoint") or (None, 0)
+        for at, (key, (full_name, _)) in enumerate(node.meta.get("nn_module_stack", {}).items()):
+            if at < 2:
+                continue  # the model itself, and what it was traced in
+            name = plain_name(full_name.removeprefix("model."))
+            if path and path[-1][1] == name:
+                path.pop()  # a wrapper, which calls what it wraps
+            path.append((key, name, None))
+            outside = len(path) if at < depth else outside
+        if number is not None:
+            at = outside
+            path.insert(at, (f"checkpoint {number}", path[at - 1][1] if at else "", number))
+        keys = tuple(key for key, _, _ in path)
         while open_scopes[-1].path != keys[: len(open_scopes[-1].path)]:
             closed.add(open_scopes.pop().path)
-        for key, name in path[len(open_scopes[-1].path) :]:
+        for key, name, call in path[len(open_scopes[-1].path) :]:
             inner = (*open_scopes[-1].path, key)
             if inner in closed:
                 break
-            scope = Scope(inner, name)
+            scope = Scope(inner, name, call)
             open_scopes[-1].items.append(scope)
             open_scopes.append(scope)
         open_scopes[-1].items.append(node)
@@ -69,11 +86,12 @@ class Writer:
 
     Args:
         held: The nodes of parameters and buffers, by node, with their names.
+        checkpoints: The keyword arguments of each call of ``torch.utils.checkpoint``.
         keep: Takes a module's name and a program, and gives the number that it is called by.
     """
 
-    def __init__(self, held: dict[fx.Node, str], keep: Callable[[str, Program], int]) -> None:
-        self.held, self.keep = held, keep
+    def __init__(self, held: dict[fx.Node, str], checkpoints: Calls, keep: Callable[[str, Program], int]) -> None:
+        self.held, self.checkpoints, self.keep = held, checkpoints, keep
 
     def write(self, scope: Scope, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> int:
         """Write the program of a call, after those of the calls within.
@@ -100,9 +118,13 @@ class Writer:
             if isinstance(item, Scope):
                 given, made = self._interface(item, scope, needed[at])
                 number = self.write(item, given, made)
-                call = graph.call_module(
-                    self._relative(scope.name, item.name), tuple(look_up(n) for n in given), {"program": number}
-                )
+                values_given = tuple(look_up(n) for n in given)
+                if item.checkpoint is None:
+                    path = self._relative(scope.name, item.name)
+                    call = graph.call_module(path, values_given, {"program": number})
+                else:
+                    run = recomputed(number, self.checkpoints[item.checkpoint])
+                    call = graph.call_function(named(run, "checkpoint"), (graph.get_attr("this_module"), *values_given))
                 for place, node in enumerate(made):
                     values[node] = call if len(made) == 1 else graph.call_function(_item, (call, place))
             else:
@@ -164,6 +186,11 @@ class Partitioned:
     """What a module is besides its class, once a model is partitioned: its forward runs programs."""
 
     _programs: dict[int, Program]
+
+    @property
+    def this_module(self) -> Any:
+        """The module, for a program that names it."""
+        return self
 
     def forward(self, *values: Any, program: int) -> Any:
         """Run a program on this rank's values."""

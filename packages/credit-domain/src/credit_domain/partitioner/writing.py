@@ -13,6 +13,7 @@ from credit_domain._torch_private import buffers_of
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.capture import Captured
 from credit_domain.partitioner.layout import plain, scaled
+from credit_domain.partitioner.names import module_of
 from credit_domain.partitioner.rules import rule_for
 from credit_domain.partitioner.rules.pointwise import is_pointwise, pointwise
 from credit_domain.partitioner.steps import Place, named
@@ -73,7 +74,7 @@ class Writing:
         """Whether a constant is an attribute of a module: a hook or the user may change it."""
         owner, _, last = name.rpartition(".")
         try:
-            return isinstance(getattr(self.model.get_submodule(owner), last, None), Tensor)
+            return isinstance(getattr(module_of(self.model, owner), last, None), Tensor)
         except AttributeError:
             return False
 
@@ -107,7 +108,7 @@ class Writing:
             if name in self.captured.constants:
                 return self.captured.constants[name]
             owner, _, last = name.rpartition(".")
-            found = buffers_of(self.model.get_submodule(owner)).get(last)
+            found = buffers_of(module_of(self.model, owner)).get(last)
             return None if found is None or found.is_meta else found.detach()
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return None

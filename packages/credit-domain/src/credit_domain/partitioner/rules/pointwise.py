@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import credit_domain.partitioner.recomputing  # noqa: F401 - makes its operator known
 from credit_domain.partitioner.builder import Builder, Layout, Value
 from credit_domain.partitioner.rules.table import RULES, local, replicated, rule
 from credit_domain.partitioner.steps import named
@@ -87,6 +88,15 @@ for _name in (
 def is_pointwise(target: Any) -> bool:
     """Whether torch says that an operator works on entries alone."""
     return torch.Tag.pointwise in getattr(target, "tags", ()) and target not in RULES
+
+
+def checkpoint_edge(b: Builder, x: Value, number: int, begins: bool) -> Value:
+    """The beginning or the end of what is recomputed."""
+    b.checkpoint = (number, len(b.node.meta.get("nn_module_stack", {}))) if begins else None
+    return x
+
+
+RULES[torch.ops.credit_domain.checkpoint_edge.default] = checkpoint_edge
 
 
 @rule("_assert_tensor_metadata", "_assert_async.msg", "_assert_scalar", "sym_constrain_range_for_size")
