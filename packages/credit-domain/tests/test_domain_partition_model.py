@@ -121,6 +121,32 @@ def test_a_copy_is_on_its_own(manager) -> None:
     assert not torch.allclose(other(whole), before)
 
 
+def test_windows_set_the_granularity() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Conv2d(4, 4, 2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(x)
+            t = x.view(2, 4, 6, 4, 8).permute(0, 2, 1, 3, 4).reshape(12, -1)
+            return t.softmax(-1).view(2, 6, 4, 4, 8).permute(0, 2, 1, 3, 4).reshape(x.shape)
+
+    def rank_main(rank: int) -> tuple[Any, ...]:
+        manager = initialize_domain_parallel(4, 4)
+        model = partition_model(Windows(), (2, 4, 48, 16), manager)
+        free = manager.granularity, [move.kind for move in partition_report(model).moves]
+        manager.granularity = 1
+        manager.declare(RowPartition((10, 14, 12, 12)))
+        model = partition_model(Windows(), (2, 4, 48, 16), manager)
+        return *free, manager.granularity, partition_report(model).granularity, len(partition_report(model).moves)
+
+    granularity, moves, kept, wanted, number = run_threads(rank_main, 4)[0]
+    assert (granularity, moves) == (8, []), "windows of 4 rows behind a stride of 2"
+    assert (kept, wanted) == (1, 8), "what is declared stays"
+    assert number > 0
+
+
 def test_a_big_model_needs_no_memory() -> None:
     class Big(nn.Module):
         def __init__(self) -> None:

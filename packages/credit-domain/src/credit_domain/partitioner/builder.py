@@ -99,6 +99,7 @@ class Builder:
         values: What each node of the traced model became.
         moves: What goes from rank to rank.
         repeated: What every rank does as a whole.
+        blocks: Rows of the model's input at whose multiples boundaries would have to be, so that views move no row.
         node: The node of the traced model that is being written.
         draws: Whether it draws random numbers.
         checkpoint: The call of ``torch.utils.checkpoint`` that the present operator is in, and how many calls of
@@ -112,6 +113,7 @@ class Builder:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     repeated: list[Repeated] = field(default_factory=list)
+    blocks: set[int] = field(default_factory=set)
     node: Any = None
     draws: bool = False
     checkpoint: tuple[int, int] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Partition:
         manager: Its manager.
         shard_dim: The sharded dim.
         divided: Which of its arguments have rows, by name.
+        captured: What was traced, by the shapes of the whole and the modes.
         traces: The programs that were written, by all that they depend on.
         by_shape: Those for tensors as positional arguments, by their shapes here and the mode of the model.
     """
@@ -68,11 +70,12 @@ class Partition:
     divided: frozenset[str]
     traces: dict[Any, Trace] = field(default_factory=dict)
     by_shape: dict[Any, Trace] = field(default_factory=dict)
+    captured: dict[Any, Captured] = field(default_factory=dict)
     numbers: int = 0
     layer: Any = field(default_factory=new_layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Partition:  # programs name no module
-        known = {"traces": dict(self.traces), "by_shape": dict(self.by_shape)}
+        known = {"traces": dict(self.traces), "by_shape": dict(self.by_shape), "captured": dict(self.captured)}
         return dataclasses.replace(self, **known, layer=new_layer())  # type: ignore[arg-type]
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,7 +178,11 @@ class Partition:
         problem = made = None
         try:
             with one_at_a_time:
-                captured = self.ghost.capture(whole, training)
+                shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in whole.tensors)
+                kind = (shapes, repr(whole.filled(whole.names)), tuple(training.values()))
+                if kind not in self.captured:
+                    self.captured[kind] = self.ghost.capture(whole, training)
+                captured = self.captured[kind]
                 place = Place(Planned(self.manager), self.manager.domain_rank, self.manager.domain_parallel_size)
                 made = Writing(captured, model, place, self.shard_dim, sizes, self.divided, whole.names)
                 builder, inputs, outputs = made.write()
@@ -190,7 +197,10 @@ class Partition:
         writer = Writer(made.held, captured.checkpoints, lambda name, program: self._keep(model, name, program))
         number = writer.write(scopes_of(builder.graph), inputs, outputs)
         operators = sum(node.op == "call_function" for node in captured.graph.nodes)
-        report = PartitionReport(tuple(builder.moves), tuple(builder.repeated), operators, time.monotonic() - start)
+        blocks = math.lcm(*builder.blocks)
+        granularity = blocks if blocks * len(sizes) <= sum(sizes) else 1
+        moves, seconds = tuple(builder.moves), time.monotonic() - start
+        report = PartitionReport(moves, tuple(builder.repeated), operators, granularity, seconds)
         logger.info("%s", report)
         return Trace(number, captured, tuple(captured.changed), builder.draws, report)
 
@@ -234,7 +244,8 @@ def partition_model(
             argument is a tensor, a shape or anything else that ``forward`` takes. Values of tensors are not read; those
             on the meta device hold no memory. An argument is sharded if it has three dims or more, and as many rows as
             the first such argument.
-        manager: The domain-parallel manager.
+        manager: The domain-parallel manager. Where no partition is declared yet, its granularity is set so that
+            windows of the model move no rows.
         shard_dim: The sharded dim; -2 is latitude in (B, C, H, W).
 
     Returns:
@@ -280,6 +291,12 @@ def partition_model(
     model.__dict__["_partition"] = partition
     try:
         trace = partition.trace(model, partition.local(arguments, declared), declared.sizes)
+        if manager.partition is None and trace.report.granularity > 1:
+            # Nobody has divided rows yet: they can be divided so that the model's windows move none.
+            manager.granularity = math.lcm(manager.granularity, trace.report.granularity)
+            blocks = RowPartition.even(rows, manager.domain_parallel_size, manager.granularity)
+            other = partition.trace(model, partition.local(arguments, blocks), blocks.sizes)
+            trace = other if len(other.report.moves) < len(trace.report.moves) else trace
     except BaseException:
         del model.__dict__["_partition"]
         raise

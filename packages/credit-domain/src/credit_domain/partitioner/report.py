@@ -15,12 +15,15 @@ class PartitionReport:
         moves: Everything that goes from rank to rank in a forward.
         repeated: Operators on rows that every rank does as a whole.
         operators: Operators of the traced model.
+        granularity: With blocks of so many rows of the model's input, views would move no rows. It is 1 if they move
+            none, or no such block fits every rank.
         seconds: What tracing and writing the program took.
     """
 
     moves: tuple[Move, ...]
     repeated: tuple[Repeated, ...]
     operators: int
+    granularity: int
     seconds: float
 
     @property

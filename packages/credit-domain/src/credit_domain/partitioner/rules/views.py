@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ def view(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Any:
                 break
     if found is None:
         return b.value(b.emit(aten.reshape.default, b.at(x, None), list(new)), None)
-    rows = rows._replace(sizes=in_blocks(rows.sizes, found.block))
+    if any(size % found.block for size in rows.sizes):
+        block = Fraction(found.block * sum(b.declared), rows.units)
+        b.blocks.add(block.numerator)
+        rows = rows._replace(sizes=in_blocks(rows.sizes, found.block))
     out = found.of(rows.sizes)
     node = b.emit(aten.reshape.default, b.at(x, rows), list(out.shape(new, b.place.rank)))
     return b.value(node, out)
