@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from credit_domain import functional as F
+from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.row_op import footprint_for
 from credit_domain.ops.conv.convolution import geometry_of
 from credit_domain.ops.conv.transposed import TransposedConvolution
@@ -55,9 +56,17 @@ def _over_space(b: Builder, x: Value, nd: int) -> tuple[Any, bool]:
     return layout, False
 
 
-def _halo(b: Builder, x: Value, rows: Rows, reach: int) -> None:
-    if reach:
-        b.moved("halo", 2 * reach * x.bytes // max(1, x.shape[rows.dim]))
+def _halo(b: Builder, x: Value, rows: Rows, footprint: Footprint) -> None:
+    """Note the rows that the rank with the most of them brings."""
+    if footprint.is_local:
+        return
+    owned = (footprint.source.interval(rank) for rank in range(footprint.source.ranks))
+    total = footprint.source.rows
+    brought = max(
+        sum(0 <= row < total and row not in own for row in need)
+        for need, own in zip(footprint.needs, owned, strict=True)
+    )
+    b.moved("halo", brought * x.bytes // max(1, x.shape[rows.dim]))
 
 
 # Convolutions
@@ -77,13 +86,13 @@ def conv(b: Builder, x: Value, weight: Value, bias: Value | None = None, *args: 
         padding = _each(padding, nd)
     numbers = _each(stride, nd), padding, _each(dilation, nd), int(groups)
     op = geometry_of(weight.shape[2:], *numbers, "zeros").along(along - nd)
-    target = op.footprint(partition(layout.sizes)).target
+    footprint = op.footprint(partition(layout.sizes))
     fn = (F.conv1d, F.conv2d, F.conv3d)[nd - 1]
     where = _where(b, x, layout)
-    _halo(b, x, layout, op.span - 1)
+    _halo(b, x, layout, footprint)
     step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers, **where), f"conv{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
-    return b.value(node, plain(layout.dim, target.sizes))
+    return b.value(node, plain(layout.dim, footprint.target.sizes))
 
 
 @rule("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
@@ -98,14 +107,14 @@ def conv_transpose(b: Builder, x: Value, weight: Value, bias: Value | None = Non
     at = layout.dim - (x.ndim - nd)
     stride, padding, more, dilation = (_each(v, nd) for v in (stride, padding, more, dilation))
     numbers = (weight.shape[2 + at], stride[at], padding[at], more[at], dilation[at])
-    target = footprint_for(TransposedConvolution, numbers, layout.sizes).target
+    footprint = footprint_for(TransposedConvolution, numbers, layout.sizes)
     fn = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[nd - 1]
     where = _where(b, x, layout)
-    _halo(b, x, layout, numbers[4] * (numbers[0] - 1) // numbers[1])
+    _halo(b, x, layout, footprint)
     numbers_of = (stride, padding, more, int(groups), dilation)
     step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers_of, **where), f"conv_transpose{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
-    return b.value(node, plain(layout.dim, target.sizes))
+    return b.value(node, plain(layout.dim, footprint.target.sizes))
 
 
 # Pooling
@@ -119,14 +128,14 @@ def _pooled(b: Builder, x: Value, nd: int, fn: Callable[..., Any], pool: Sequenc
     kernel, stride, padding, dilation, ceil = pool
     kernel, padding, dilation = _each(kernel, nd), _each(padding, nd), _each(dilation, nd)
     stride = _each(stride, nd) if stride is not None and (isinstance(stride, int) or len(stride)) else kernel
-    target = footprint_for(Windows, (kernel[at], stride[at], padding[at], dilation[at], ceil), layout.sizes).target
+    footprint = footprint_for(Windows, (kernel[at], stride[at], padding[at], dilation[at], ceil), layout.sizes)
     where = _where(b, x, layout)
-    _halo(b, x, layout, dilation[at] * (kernel[at] - 1) + 1 - stride[at])
+    _halo(b, x, layout, footprint)
     step = named(lambda x: how(fn, x, kernel, stride, padding, dilation, ceil, where), fn.__name__)
     node = b.emit(step, b.at(x, layout))
     from credit_domain.partitioner.rules.table import results
 
-    return results(b, node, plain(layout.dim, target.sizes))
+    return results(b, node, plain(layout.dim, footprint.target.sizes))
 
 
 @rule(
@@ -240,7 +249,7 @@ def interpolate(b: Builder, x: Value, size: Any, *args: Any) -> Any:
     where = _where(b, x, layout)
     given = [int(n) for n in size] if scale is None else None
     factors = None if scale is None else [float(f) for f in scale]
-    _halo(b, x, layout, 1)
+    b.moved("halo", 2 * x.bytes // max(1, x.shape[layout.dim]))
 
     def resample(x: Tensor) -> Tensor:
         return F.interpolate(x, given, factors, mode, corners, None, antialias, target=target, **where)
