@@ -213,6 +213,8 @@ CASES: dict[str, Case] = {
     "einsum over rows": fn(lambda x: torch.einsum("bchw,kh->bckw", x, table(5, H))),
     "matmul over rows": fn(lambda x: table(H, H) @ x),
     "linear over rows": fn(lambda x: F.linear(x.transpose(-1, -2), table(H, H), table(H)).transpose(-1, -2)),
+    "tensordot over rows": fn(lambda x: torch.tensordot(x, table(H, 5), ([2], [0]))),
+    "activations": fn(lambda x: F.hardswish(x) + F.mish(x) * F.softplus(x) + F.elu(x) + F.relu6(x) + F.logsigmoid(x)),
     "outer product": fn(lambda x: x.mean(-1)[..., None] * x.mean(-2)[..., None, :]),
     "gram of rows": fn(lambda x: x.transpose(-1, -2) @ x),
     "attention of rows": fn(lambda x: F.scaled_dot_product_attention(x, x, x)),

@@ -372,7 +372,10 @@ def batch_norm(b: Builder, x: Value, weight: Any, bias: Any, *args: Any) -> Any:
     layout = b.free(x, [1], prefer=range(2, x.ndim))
     stats = whole(b, (weight, bias, mean, var))
     if layout is None or not training:
-        made = local(b, layout, b.at(x, layout), *stats[:2], *nodes(b, args, lambda v: None))
+        rest = list(nodes(b, args, lambda v: None))
+        if training:  # the backward keeps them, and the buffers change before it runs
+            rest[:2] = [kept if kept is None else b.emit(torch.clone, kept) for kept in rest[:2]]
+        made = local(b, layout, b.at(x, layout), *stats[:2], *rest)
         if isinstance(made, tuple):
             for item in made[1:]:
                 if item is not None and item.layout is not None:

@@ -85,6 +85,22 @@ for _name in (
     rule(_name)(pointwise)
 
 
+for _name in ("hardswish", "hardsigmoid", "hardtanh", "mish", "silu", "elu", "selu", "celu", "softplus", "leaky_relu"):
+    rule(_name)(pointwise)
+for _name in (
+    "threshold",
+    "relu6",
+    "log_sigmoid",
+    "gelu",
+    "softshrink",
+    "hardshrink",
+    "logit",
+    "nan_to_num",
+    "lerp.Scalar",
+):
+    rule(_name)(pointwise)
+
+
 def is_pointwise(target: Any) -> bool:
     """Whether torch says that an operator works on entries alone."""
     return torch.Tag.pointwise in getattr(target, "tags", ()) and target not in RULES

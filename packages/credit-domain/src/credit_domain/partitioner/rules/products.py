@@ -127,6 +127,20 @@ def _plain_equation(letters: Sequence[str], out: str | None, operands: Sequence[
     return made, result
 
 
+@rule("tensordot")
+def tensordot(b: Builder, x: Value, y: Value, dims: Sequence[int], others: Sequence[int]) -> Any:
+    """Dims of the one over those of the other."""
+    pairs = {d % x.ndim: e % y.ndim for d, e in zip(dims, others, strict=True)}
+    if any(x.shape[d] != y.shape[e] for d, e in pairs.items()):  # one entry, broadcast
+        return replicated(b, x, y, dims, others)
+    first = string.ascii_lowercase[: x.ndim]
+    back = {e: first[d] for d, e in pairs.items()}
+    second = "".join(back.get(e, string.ascii_uppercase[e]) for e in range(y.ndim))
+    out = "".join(c for d, c in enumerate(first) if d not in pairs) + "".join(c for c in second if c.isupper())
+    node, layout = contraction(b, (x, y), (first, second), out, _einsum(b, (first, second), out))
+    return b.value(node, layout)
+
+
 @rule("linear")
 def linear(b: Builder, x: Value, weight: Value, bias: Value | None = None) -> Any:
     """Over the last dim."""
