@@ -127,6 +127,21 @@ def tests_torch(session: nox.Session, version: str) -> None:
         session.error(f"tests failed on torch {version}")
 
 
+@nox.session(name="fuzz-programs", default=False, requires=["torch"])
+def fuzz_programs(session: nox.Session) -> None:
+    """Outside CI: 2,000 random programs, partitioned; some 15 minutes."""
+    install(session, lowest("credit-domain"), *group("test"))
+    tests = "packages/credit-domain/tests/test_domain_partition_fuzz.py"
+    session.run("pytest", "--timeout", "7200", *session.posargs, tests, env=TEST_ENV | {"CREDIT_FUZZ": "2000"})
+
+
+@nox.session(default=False, requires=["torch"])
+def zoo(session: nox.Session) -> None:
+    """Outside CI: models of other packages, partitioned; writes docs/zoo.md; 7 minutes. `-- --only NAME` tries one."""
+    install(session, lowest("credit-domain"), *group("test"), *group("zoo"))
+    session.run("python", "tools/zoo.py", *session.posargs, env=TEST_ENV)
+
+
 @nox.session(name="tests-floors", default=False, requires=["torch"])
 def tests_floors(session: nox.Session) -> None:
     """The tests of credit-parallel that need no GPU, with the lowest versions of all that it names, but torch."""
