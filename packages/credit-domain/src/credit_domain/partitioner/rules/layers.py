@@ -19,7 +19,7 @@ from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows
 from credit_domain.ops.pooling.pooling import Windows
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.layout import Rows, in_blocks, plain
-from credit_domain.partitioner.rules.table import local, nodes, replicated, rule, whole
+from credit_domain.partitioner.rules.table import local, nodes, replicated, results, rule, whole
 from credit_domain.partitioner.steps import named, partition
 from credit_mesh import RowPartition
 
@@ -133,8 +133,6 @@ def _pooled(b: Builder, x: Value, nd: int, fn: Callable[..., Any], pool: Sequenc
     _halo(b, x, layout, footprint)
     step = named(lambda x: how(fn, x, kernel, stride, padding, dilation, ceil, where), fn.__name__)
     node = b.emit(step, b.at(x, layout))
-    from credit_domain.partitioner.rules.table import results
-
     return results(b, node, plain(layout.dim, footprint.target.sizes))
 
 
@@ -210,8 +208,6 @@ def adaptive_pool(b: Builder, x: Value, size: Any) -> Any:
     out = None
     if sizes[at] != 1:
         out = plain(layout.dim, footprint_for(AdaptiveWindows, (sizes[at],), layout.sizes).target.sizes)
-    from credit_domain.partitioner.rules.table import results
-
     return results(b, node, out)
 
 

@@ -15,8 +15,9 @@ from credit_domain.ops.padding.padding import Padding
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.layout import even, kept, plain
+from credit_domain.partitioner.rules.pointwise import aligned
 from credit_domain.partitioner.rules.products import sum_step
-from credit_domain.partitioner.rules.table import local, replicated, rule
+from credit_domain.partitioner.rules.table import local, replicated, rule, whole
 from credit_domain.partitioner.steps import named, partition
 
 aten = torch.ops.aten
@@ -173,17 +174,11 @@ def index(b: Builder, x: Value, *args: Any) -> Any:
         return replicated(b, x, *args)
     if layout.dim != dim:
         out = layout._replace(dim=layout.dim + (table.ndim - 1 if layout.dim > dim else 0))
-        return local(b, out, b.at(x, layout), *_plain_args(b, args))
+        return local(b, out, b.at(x, layout), *whole(b, args))
     known = b.constant_of(nodes[dim])
     if known is None or table.ndim != 1 or layout.outer > 1 or not known.numel():
         return replicated(b, x, *args)
     return taken(b, x, tuple(int(row) % x.shape[dim] for row in known))
-
-
-def _plain_args(b: Builder, args: Any) -> Any:
-    from credit_domain.partitioner.rules.table import whole
-
-    return whole(b, args)
 
 
 def _index_elsewhere(b: Builder, x: Value, tables: list[Any], args: Any) -> Any:
@@ -195,8 +190,6 @@ def _index_elsewhere(b: Builder, x: Value, tables: list[Any], args: Any) -> Any:
         ndim = max(tables[d].ndim for d in used)
         divided = [tables[d] for d in used if tables[d].layout is not None and tables[d].ndim == ndim]
         if divided and tables[used[0]].dtype not in (torch.bool, torch.uint8):
-            from credit_domain.partitioner.rules.pointwise import aligned
-
             rows = divided[0].layout
             made = [None if t is None else aligned(b, t, rows, ndim) for t in tables]
             first = b.at(x, None)
@@ -207,7 +200,7 @@ def _index_elsewhere(b: Builder, x: Value, tables: list[Any], args: Any) -> Any:
     if layout is not None and together and layout.dim not in used and not masks:
         ndim = max(tables[d].ndim for d in used)
         out = layout._replace(dim=layout.dim + (ndim - len(used) if layout.dim > used[-1] else 0))
-        return local(b, out, b.at(x, layout), *_plain_args(b, args))
+        return local(b, out, b.at(x, layout), *whole(b, args))
     return replicated(b, x, *args)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from credit_domain import functional as F
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.rules.table import local, replicated, rule
+from credit_domain.partitioner.rules.table import local, replicated, results, rule
 from credit_domain.partitioner.steps import named, partition
 
 aten = torch.ops.aten
@@ -34,8 +35,8 @@ def _reduce(
     dims: Any,
     keep: bool,
     over: Callable[..., Any],
-    args: Any = (),
-    kwargs: Any = {},  # noqa: B006
+    args: Any,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Torch's own operator of this rank's part, or ``over`` where the rows are reduced."""
     along, layout = _dims(x, dims), x.layout
@@ -47,8 +48,6 @@ def _reduce(
     where = {"dim": layout.dim, "partition": partition(sizes), "manager": b.place.manager, "label": b.label}
     b.moved("sum", x.bytes // x.shape[layout.dim] if x.shape[layout.dim] else 0)
     node = b.emit(named(lambda x: over(x, along, where), over.__name__), b.at(x, layout))
-    from credit_domain.partitioner.rules.table import results
-
     return results(b, node, None)
 
 

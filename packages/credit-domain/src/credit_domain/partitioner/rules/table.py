@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +82,6 @@ def results(b: Builder, node: fx.Node, layout: Any) -> Any:
     if isinstance(like, Tensor):
         return b.value(node, layout)
     if isinstance(like, (tuple, list)):
-        import operator
-
         return tuple(
             b.value(b.emit(operator.getitem, node, at), layout, item) if isinstance(item, Tensor) else None
             for at, item in enumerate(like)
