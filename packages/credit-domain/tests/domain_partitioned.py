@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from credit_domain import PartitionReport, initialize_domain_parallel, partition_model, partition_report
 from credit_domain.containers import tensors_in
-from credit_domain.partitioner import partition as partitioning
+from credit_domain.partitioner import partitioning
 from credit_domain.partitioner.capture import Arguments, Captured, Ghost
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition

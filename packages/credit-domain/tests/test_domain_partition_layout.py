@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from credit_domain.partitioner.layout import Rows, even, in_blocks, kept, scaled, viewed
+from credit_domain.partitioner.row_layout import Rows, even, in_blocks, kept, scaled, viewed
 
 
 def part_of(x: Tensor, rows: Rows, rank: int) -> Tensor:

@@ -14,6 +14,7 @@ from credit_mesh import RowPartition, initialize_domain_parallel
 def table(own: RowPartition, rank: int):
     needs = [range(own.offsets[r], own.offsets[r + 1]) for r in range(own.ranks)]
     plan = plan_halo(own, 0, 0, rank=rank)
+    thirds = RowPartition(tuple(3 * (r == 0) for r in range(own.ranks)), allow_empty=True)
     return {
         "exchange_rows": lambda x: credit_halo.exchange_rows(x, plan),
         "take_rows": lambda x: credit_halo.take_rows(x, needs, partition=own),
@@ -21,6 +22,7 @@ def table(own: RowPartition, rank: int):
         "post_rows": lambda x: credit_halo.post_rows(x, plan).wait(),
         "gather_rows": lambda x: credit_halo.gather_rows(x, own),
         "scatter_rows": lambda x: credit_halo.scatter_rows(x, RowPartition(own.sizes, allow_empty=True)),
+        "transpose_rows": lambda x: credit_halo.transpose_rows(x, RowPartition(own.sizes, allow_empty=True), thirds),
         "all_sum": lambda x: credit_halo.all_sum(x.sum(-2)),
         "all_mean": lambda x: credit_halo.all_mean(x.sum(-2)),
         "broadcast": lambda x: credit_halo.broadcast(x.sum(-2)),

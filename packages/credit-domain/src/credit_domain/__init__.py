@@ -69,8 +69,8 @@ from credit_domain.manager import (
 )
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.planning import DomainPlan, PlannedLayer, plan_domain_parallel
-from credit_domain.partitioner.partition import partition_model, partition_report
-from credit_domain.partitioner.report import PartitionReport
+from credit_domain.partitioner.partition_report import PartitionReport
+from credit_domain.partitioner.partitioning import partition_model, partition_report
 from credit_domain.sharding import gather_tensor, shard_batch, shard_tensor
 from credit_domain.verification import Difference, VerificationReport, verify_domain_parallel
 

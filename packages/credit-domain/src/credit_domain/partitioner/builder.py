@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from credit_domain.partitioner import steps
-from credit_domain.partitioner.layout import Rows, even, plain
+from credit_domain.partitioner.row_layout import Rows, even, plain
 from credit_domain.partitioner.steps import Place
 
 Layout = Rows | None

@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.model.trace import managers_of
-from credit_domain.partitioner.names import plain_name
+from credit_domain.partitioner.module_names import plain_name
 from credit_domain.partitioner.recomputing import Calls, marked_checkpoints
 from credit_mesh.extend import set_aside
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from credit_domain.partitioner.names import plain_name
+from credit_domain.partitioner.module_names import plain_name
 from credit_domain.partitioner.recomputing import Calls, recomputed
 from credit_domain.partitioner.steps import named
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from credit_domain.engine.driver import Call, move
 from credit_domain.engine.ranks import domain_of
 from credit_domain.ops.rearranging import Regroup, Repartition
-from credit_domain.partitioner.layout import Rows
+from credit_domain.partitioner.row_layout import Rows
 from credit_halo import transpose_rows
 from credit_halo.extend import group_by_name
 from credit_mesh import DomainParallelManager, RowPartition

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from credit_domain._torch_private import buffers_of
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.capture import Captured
-from credit_domain.partitioner.layout import plain, scaled
-from credit_domain.partitioner.names import module_of
+from credit_domain.partitioner.module_names import module_of
+from credit_domain.partitioner.row_layout import plain, scaled
 from credit_domain.partitioner.rules import rule_for
 from credit_domain.partitioner.rules.pointwise import is_pointwise, pointwise
 from credit_domain.partitioner.steps import Place, named

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.layout import Rows, kept, plain
+from credit_domain.partitioner.row_layout import Rows, kept, plain
 from credit_domain.partitioner.rules.pointwise import aligned, common
 from credit_domain.partitioner.rules.table import replicated, rule
 from credit_domain.partitioner.steps import named

@@ -18,7 +18,7 @@ from credit_domain.ops.interpolation.interpolation import resampled_partition
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows
 from credit_domain.ops.pooling.pooling import Windows
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.layout import Rows, in_blocks, plain
+from credit_domain.partitioner.row_layout import Rows, in_blocks, plain
 from credit_domain.partitioner.rules.table import local, nodes, replicated, results, rule, whole
 from credit_domain.partitioner.steps import named, partition
 from credit_mesh import RowPartition

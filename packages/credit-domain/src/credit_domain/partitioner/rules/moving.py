@@ -14,7 +14,7 @@ from credit_domain.engine.row_op import footprint_for
 from credit_domain.ops.padding.padding import Padding
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.layout import even, kept, plain
+from credit_domain.partitioner.row_layout import even, kept, plain
 from credit_domain.partitioner.rules.pointwise import aligned
 from credit_domain.partitioner.rules.products import sum_step
 from credit_domain.partitioner.rules.table import local, replicated, rule, whole

@@ -16,7 +16,7 @@ from torch import fx
 
 from credit_domain.engine.ranks import domain_of, sum_over
 from credit_domain.partitioner.builder import Builder, Layout, Value
-from credit_domain.partitioner.layout import even, plain
+from credit_domain.partitioner.row_layout import even, plain
 from credit_domain.partitioner.rules.pointwise import aligned
 from credit_domain.partitioner.rules.random import drop
 from credit_domain.partitioner.rules.table import local, replicated, rule, whole

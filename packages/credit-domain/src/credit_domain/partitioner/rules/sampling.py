@@ -16,7 +16,7 @@ from credit_domain.engine.row_op import footprint_for
 from credit_domain.ops.conv.convolution import Convolution
 from credit_domain.ops.conv.transposed import TransposedConvolution
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.layout import plain, scaled
+from credit_domain.partitioner.row_layout import plain, scaled
 from credit_domain.partitioner.rules.pointwise import aligned
 from credit_domain.partitioner.rules.table import local, rule
 from credit_domain.partitioner.steps import named, partition

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.layout import even, in_blocks, plain, viewed
+from credit_domain.partitioner.row_layout import even, in_blocks, plain, viewed
 from credit_domain.partitioner.rules.table import local, replicated, rule
 
 aten = torch.ops.aten

@@ -20,9 +20,9 @@ from credit_domain._torch_private import buffers_of
 from credit_domain.engine.ranks import domain_of, new_layer, sizes_of
 from credit_domain.model.trace import arguments_of, is_shape
 from credit_domain.partitioner.capture import Arguments, Captured, Ghost, device_of, one_at_a_time
-from credit_domain.partitioner.names import module_of, plain_name
+from credit_domain.partitioner.module_names import module_of, plain_name
+from credit_domain.partitioner.partition_report import PartitionReport
 from credit_domain.partitioner.programs import Partitioned, Program, Writer, become, scopes_of
-from credit_domain.partitioner.report import PartitionReport
 from credit_domain.partitioner.steps import Place, Planned
 from credit_domain.partitioner.writing import Writing
 from credit_halo.extend import agree, has_agreed
