@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from partition_cases import Net
 from torch import Tensor, nn
 
 from credit_domain import initialize_domain_parallel, partition_model, partition_report
+from credit_domain.partitioner.rules import RULES
 from credit_halo.testing import RankError, run_processes, run_threads
 from credit_mesh import RowPartition
 
@@ -262,6 +264,21 @@ def test_a_report_says_what_is_gathered_and_where() -> None:
     assert repeated.entries == 4 * 12 * 16
     assert "gathers  1.inner: aten.tril.default" in str(report)
     assert "repeats  1.inner: aten.tril.default" in str(report)
+
+
+def test_a_rule_that_fails_names_the_operator_on_all_ranks() -> None:
+    def broken(*args: Any) -> None:
+        raise KeyError("odd")
+
+    def rank_main(rank: int) -> None:
+        partition_model(nn.Sequential(nn.Conv2d(4, 4, 1)), (1, 4, 12, 16), initialize_domain_parallel(2, 2))
+
+    with mock.patch.dict(RULES, {torch.ops.aten.conv2d.default: broken}), pytest.raises(RankError) as caught:
+        run_threads(rank_main, 2)
+    for error in caught.value.errors.values():
+        assert isinstance(error, ValueError)
+        assert "aten.conv2d.default in 0" in str(error)
+        assert "could not be divided: KeyError" in str(error)
 
 
 def test_gradients_stop_where_the_model_stops_them() -> None:

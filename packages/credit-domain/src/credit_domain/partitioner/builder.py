@@ -198,7 +198,7 @@ class Builder:
         return self.emit(steps.sliced(layout, self.place), every)
 
     def free(self, value: Value, dims: Iterable[int], prefer: Sequence[int] = ()) -> Layout:
-        """A layout in which some dims are whole: that of the value if they are, else another dim is divided."""
+        """A layout in which the named dims are whole. It divides another dim if the value's own layout divides one."""
         if value.layout is None or value.fill is not None:
             return None
         kept = {dim % value.ndim for dim in dims}

@@ -266,7 +266,7 @@ def _changed_inputs(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _check_shape(node: fx.Node) -> None:
-    """Refuse a shape that depends on data: nobody knows it before the data is there."""
+    """Refuse a shape that depends on data."""
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else (value,)
     if all(isinstance(size, int) for x in values if isinstance(x, Tensor) for size in x.shape):

@@ -119,7 +119,7 @@ class Partition:
         if group is not None and not has_agreed(group, ("seed", seed)):
             state = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
             said = f"the state {hashlib.sha256(state.numpy().tobytes()).hexdigest()[:16]} of the random generator"
-            what = "a model that draws random numbers; seed all ranks of the domain alike"
+            what = "random numbers of a partitioned model (seed all ranks of the domain alike)"
             agree(group, ("seed", seed), what, lambda: said, device)
 
     def _sizes(self, arguments: Arguments) -> tuple[int, ...]:
@@ -134,18 +134,19 @@ class Partition:
         Raises:
             ValueError: If the model cannot be traced, or an operator cannot be divided.
         """
-        training = {plain_name(name): module.training for name, module in model.named_modules()}
+        modes = tuple(module.training for module in model.modules())
         shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in arguments.tensors)
         others = repr(arguments.filled(arguments.names))
-        key = (arguments.names, shapes, others, sizes, tuple(training.values()))
+        key = (arguments.names, shapes, others, sizes, modes)
         if key not in self.traces:
+            training = {plain_name(name): module.training for name, module in model.named_modules()}
             self.traces[key] = self._traced(model, self._whole(arguments, sizes), training, sizes)
             if not arguments.values[1] and len(arguments.names) == len(arguments.values[0]):
                 self.by_shape[tuple(tuple(x.shape) for x in arguments.tensors), model.training] = self.traces[key]
         return self.traces[key]
 
     def local(self, arguments: Arguments, partition: RowPartition) -> Arguments:
-        """This rank's arguments, without memory, from those of the whole."""
+        """Stand-ins for this rank's arguments; they hold no memory."""
         made = []
         for name, x in zip(arguments.names, arguments.tensors, strict=True):
             shape = list(x.shape)
@@ -189,7 +190,9 @@ class Partition:
         except ValueError as error:
             problem = str(error)
         if domain.process_group is not None:
-            said = f"{builder.moves}" if problem is None else ""
+            # Without source lines: the files may lie elsewhere on another machine.
+            sent = [] if problem else [(m.kind, m.operation, m.module, m.bytes) for m in builder.moves]
+            said = f"moves {sent}"
             agree(domain.process_group, None, what, lambda: said, device, problem)
         elif problem is not None:
             raise ValueError(problem)
@@ -253,8 +256,8 @@ def partition_model(
         once for each (see :mod:`credit_halo.collectives`).
 
     Raises:
-        ValueError: On all ranks alike, if the model is partitioned already, or cannot be traced, with what torch says.
-            The model is not changed then.
+        ValueError: On all ranks alike, if the model is partitioned already, or if torch cannot trace it. The message
+            has torch's reason. The model is not changed then.
 
     Collectives:
         Two small all-gathers for each trace. In a call those of the report (:func:`partition_report`).

@@ -84,7 +84,14 @@ class Writing:
         if getattr(node.target, "__name__", "") == "getitem":
             return args[0][args[1]]
         rule: Callable[..., Any] = pointwise if is_pointwise(node.target) else rule_for(node.target)
-        return rule(builder, *args, **kwargs)
+        try:
+            return rule(builder, *args, **kwargs)
+        except Exception as error:
+            where = f"in {builder.module or 'the model'} ({builder.line})"
+            raise ValueError(
+                f"{node.target} {where} could not be divided: {type(error).__name__}: {error}. Please report it, and "
+                "write this line of the model in another way until it is mended"
+            ) from error
 
     def _result(self, b: Builder, value: Value) -> fx.Node:
         """How a result is given back: its rows, where it has them."""
