@@ -266,6 +266,31 @@ def test_a_report_says_what_is_gathered_and_where() -> None:
     assert "repeats  1.inner: aten.tril.default" in str(report)
 
 
+def test_a_trace_within_autocast_or_no_grad_is_that_of_the_model() -> None:
+    torch.manual_seed(0)
+    plain = Net().eval()
+
+    def rank_main(rank: int) -> list[Tensor]:
+        manager = initialize_domain_parallel(2, 2)
+        model = partition_model(copy.deepcopy(plain), (2, 4, 12, 16), manager)
+        manager.declare(RowPartition((5, 5)))
+        part = randn(1, 4, 10, 16).float()[:, :, 5 * rank : 5 * rank + 5]
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            cast = model(part)
+        leaf = part.clone().requires_grad_()
+        out = model(leaf)
+        assert out.requires_grad
+        return [cast, out.detach()]
+
+    whole = randn(1, 4, 10, 16).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        cast = plain(whole)
+    for at, wanted, close in ((0, cast, 0.05), (1, plain(whole).detach(), 1e-5)):
+        made = torch.cat([outs[at] for outs in run_threads(rank_main, 2)], -2)
+        assert made.dtype == wanted.dtype
+        torch.testing.assert_close(made, wanted, rtol=close, atol=close)
+
+
 def test_a_rule_that_fails_names_the_operator_on_all_ranks() -> None:
     def broken(*args: Any) -> None:
         raise KeyError("odd")

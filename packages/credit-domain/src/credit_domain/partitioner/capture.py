@@ -187,7 +187,9 @@ class Ghost:
         results: list[Any] = []
         flat = _Flat(self.model, arguments, results.append)
         try:
-            with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad():
+            device = next((x.device.type for x in tensors), "cpu")
+            apart = torch.autocast(device, enabled=False)  # what casts there is done when the program runs
+            with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad(), apart:
                 warnings.simplefilter("ignore")  # torch warns of its own code
                 with marked_checkpoints(self.model) as checkpoints:
                     exported = torch.export.export(flat, tensors, strict=False)
