@@ -187,7 +187,7 @@ class Ghost:
         results: list[Any] = []
         flat = _Flat(self.model, arguments, results.append)
         try:
-            device = next((x.device.type for x in tensors), "cpu")
+            device = next((x.device.type for x in tensors if not x.is_meta), "cpu")
             apart = torch.autocast(device, enabled=False)  # what casts there is done when the program runs
             with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad(), apart:
                 warnings.simplefilter("ignore")  # torch warns of its own code
