@@ -26,10 +26,10 @@ class SharedGhost:
         self.ghost, self.captured = Ghost(model), dict[Any, Captured]()
         self.signature = self.ghost.signature
 
-    def capture(self, arguments: Arguments, training: Any) -> Captured:
-        key = tuple((tuple(x.shape), x.dtype) for x in arguments.tensors), tuple(training.values())
+    def capture(self, arguments: Arguments, settings: Any) -> Captured:
+        key = tuple((tuple(x.shape), x.dtype) for x in arguments.tensors), repr(settings)
         if key not in self.captured:
-            self.captured[key] = self.ghost.capture(arguments, training)
+            self.captured[key] = self.ghost.capture(arguments, settings)
         return self.captured[key]
 
 

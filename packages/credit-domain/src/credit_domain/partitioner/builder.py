@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from credit_domain.partitioner import steps
+from credit_domain.partitioner.autograd_functions import Applied
 from credit_domain.partitioner.row_layout import Rows, even, plain
 from credit_domain.partitioner.steps import Place
 
@@ -95,6 +96,8 @@ class Builder:
     Attributes:
         place: Where it runs.
         declared: Rows of each rank at the model's input.
+        constant_of: Gives the value of a node of the traced model that follows from constants alone.
+        functions: The calls of functions with a backward of their own.
         graph: The program.
         values: What each node of the traced model became.
         moves: What goes from rank to rank.
@@ -109,6 +112,7 @@ class Builder:
     place: Place
     declared: tuple[int, ...]
     constant_of: Callable[[fx.Node], Tensor | None]
+    functions: Sequence[Applied] = ()
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
@@ -142,6 +146,13 @@ class Builder:
         return f"{self.module}:{self.node.name}" if self.module else str(self.node.name)
 
     @property
+    def operation(self) -> str:
+        """Name of the present operator."""
+        if self.node.target is torch.ops.credit_domain.apply_function.default:
+            return str(self.functions[self.node.args[1]].kind.__name__)
+        return str(self.node.target)
+
+    @property
     def module(self) -> str:
         """Qualified name of the module whose call the present operator is in."""
         stack = list(self.node.meta.get("nn_module_stack", {}).values())
@@ -156,12 +167,13 @@ class Builder:
 
     def moved(self, kind: str, size: int) -> None:
         """Note that something goes from rank to rank."""
-        self.moves.append(Move(kind, str(self.node.target), self.module, self.line, size))
+        self.moves.append(Move(kind, self.operation, self.module, self.line, size))
 
     def repeats(self) -> None:
         """Note that every rank does the whole of the present operator."""
-        shape = getattr(self.meta, "shape", ())
-        self.repeated.append(Repeated(str(self.node.target), self.module, self.line, math.prod(shape)))
+        made = self.meta if isinstance(self.meta, (tuple, list)) else (self.meta,)
+        entries = sum(x.numel() for x in made if isinstance(x, Tensor))
+        self.repeated.append(Repeated(self.operation, self.module, self.line, entries))
 
     # Where values lie
 

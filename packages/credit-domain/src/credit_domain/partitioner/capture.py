@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,9 +22,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.model.trace import managers_of
+from credit_domain.partitioner.autograd_functions import Applied, marked_functions
 from credit_domain.partitioner.module_names import plain_name
 from credit_domain.partitioner.recomputing import Calls, marked_checkpoints
+from credit_domain.partitioner.settings import Settings, changed, restore, settings_of, tensors_of
 from credit_mesh.extend import set_aside
+
+logger = logging.getLogger(__name__)
 
 one_at_a_time = threading.RLock()
 """While torch traces, it changes what all threads of a process see; ranks may be threads."""
@@ -72,7 +77,7 @@ class Arguments:
 class _Flat(nn.Module):
     """A model that takes tensors alone, and returns tensors alone."""
 
-    def __init__(self, model: nn.Module, arguments: Arguments, tell: Callable[[Any], None]) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments, tell: Callable[[Any, Settings], None]) -> None:
         super().__init__()
         self.model = model
         self.arguments = arguments
@@ -80,10 +85,16 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.arguments.filled(tensors)
+        before = tensors_of(self.model)
         out = self.model(*args, **kwargs)
+        if stored := [name for name, value in tensors_of(self.model).items() if before.get(name) != value]:
+            logger.warning(
+                "forward of %s stores tensors in %s. A program does not: return them, to use them in a loss",
+                *(type(self.model).__name__, ", ".join(stored[:8])),
+            )
         places: list[Tensor] = []
         place: Any = lambda _, x: _Place(places, x)  # noqa: E731
-        self.tell(mapped(out, place))  # an attribute would be put back after the trace
+        self.tell(mapped(out, place), settings_of(self.model))  # attributes are put back after the trace
         return tuple(places)
 
 
@@ -108,6 +119,7 @@ class Captured:
         changed: The node that is the new value of a buffer, by the buffer's name.
         result: What the model returns, with places instead of tensors.
         checkpoints: The keyword arguments of each call of ``torch.utils.checkpoint`` within.
+        functions: The calls of functions with a backward of their own.
     """
 
     graph: fx.Graph
@@ -118,6 +130,7 @@ class Captured:
     changed: dict[str, fx.Node]
     result: Any
     checkpoints: Calls
+    functions: tuple[Applied, ...] = ()
 
     def returned(self, tensors: Any) -> Any:
         """What the model returns, with tensors at their places."""
@@ -162,6 +175,7 @@ class Ghost:
                     if isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it, and will again
                         memo[id(value)] = value.detach().clone()
         self.model = copy.deepcopy(model, memo)
+        self._harmless: set[str] = set()  # attributes that forward stores, and does not depend on
         for module in self.model.modules():
             drop_hooks(module)  # the modules themselves call them when they run
 
@@ -170,32 +184,46 @@ class Ghost:
         """What the model takes."""
         return inspect.signature(self.model.forward)
 
-    def capture(self, arguments: Arguments, training: Mapping[str, bool]) -> Captured:
+    def capture(self, arguments: Arguments, settings: Settings) -> Captured:
         """Trace the model.
 
         Args:
             arguments: Its arguments, with tensors of the full shape; their values are not read.
-            training: Which modules are in training mode, by name.
+            settings: The attributes of its modules, of which ``training`` is one.
 
         Raises:
-            ValueError: If it cannot be traced, with what torch says.
+            ValueError: If it cannot be traced, with what torch says; if forward depends on what it stores itself.
         """
-        for name, module in self.model.named_modules():
-            module.training = training.get(plain_name(name), module.training)
+        captured, after = self._capture(arguments, settings)
+        stored = [name for name in changed(settings_of(self.model), after) if name not in self._harmless]
+        if stored:
+            again, _ = self._capture(arguments, after)
+            if str(again.graph) != str(captured.graph):
+                raise ValueError(
+                    f"forward of {type(self.model).__name__} changes {', '.join(stored[:8])}, and what it does depends "
+                    "on that: each call would be another program. Change such an attribute outside of forward"
+                )
+            self._harmless.update(stored)
+        return captured
+
+    def _capture(self, arguments: Arguments, settings: Settings) -> tuple[Captured, Settings]:
+        """The trace, and the attributes after a forward."""
+        restore(self.model, settings)
         with self.mode:
             tensors = tuple(_like(x, device_of(x)) for x in arguments.tensors)
         results: list[Any] = []
-        flat = _Flat(self.model, arguments, results.append)
+        flat = _Flat(self.model, arguments, lambda *told: results.append(told))
         try:
             device = next((x.device.type for x in tensors if not x.is_meta), "cpu")
             apart = torch.autocast(device, enabled=False)  # what casts there is done when the program runs
             with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad(), apart:
                 warnings.simplefilter("ignore")  # torch warns of its own code
-                with marked_checkpoints(self.model) as checkpoints:
+                with marked_checkpoints(self.model) as checkpoints, marked_functions() as functions:
                     exported = torch.export.export(flat, tensors, strict=False)
-                _detach_without_grad(exported.graph_module)
-                exported = exported.run_decompositions({})
-                return _read(exported, results[-1], checkpoints)
+                    _detach_without_grad(exported.graph_module)
+                    exported = exported.run_decompositions({})
+                    result, after = results[-1]
+                    return _read(exported, result, checkpoints, tuple(functions)), after
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"
@@ -277,7 +305,7 @@ def _check_shape(node: fx.Node) -> None:
     raise ValueError(f"the shape of what {node.target} returns depends on data ({place[-1] if place else node.name})")
 
 
-def _read(exported: Any, result: Any, checkpoints: Calls) -> Captured:
+def _read(exported: Any, result: Any, checkpoints: Calls, functions: tuple[Applied, ...]) -> Captured:
     graph, signature = exported.graph, exported.graph_signature
     nodes = {node.name: node for node in graph.nodes}
     inputs, held = [], {}
@@ -302,4 +330,4 @@ def _read(exported: Any, result: Any, checkpoints: Calls) -> Captured:
     constants = {
         plain_name(name.removeprefix("model.")): x for name, x in exported.constants.items() if isinstance(x, Tensor)
     }
-    return Captured(graph, tuple(inputs), held, constants, tuple(outputs), changed, result, checkpoints)
+    return Captured(graph, tuple(inputs), held, constants, tuple(outputs), changed, result, checkpoints, functions)

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ from credit_domain._torch_private import buffers_of
 from credit_domain.engine.ranks import domain_of, new_layer, sizes_of
 from credit_domain.model.trace import arguments_of, is_shape
 from credit_domain.partitioner.capture import Arguments, Captured, Ghost, device_of, one_at_a_time
-from credit_domain.partitioner.module_names import module_of, plain_name
+from credit_domain.partitioner.module_names import module_of
 from credit_domain.partitioner.partition_report import PartitionReport
 from credit_domain.partitioner.programs import Partitioned, Program, Writer, become, scopes_of
+from credit_domain.partitioner.settings import settings_key, settings_of
 from credit_domain.partitioner.steps import Place, Planned
 from credit_domain.partitioner.writing import Writing
 from credit_halo.extend import agree, has_agreed
@@ -134,13 +135,12 @@ class Partition:
         Raises:
             ValueError: If the model cannot be traced, or an operator cannot be divided.
         """
-        modes = tuple(module.training for module in model.modules())
+        modes = settings_key(model)
         shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in arguments.tensors)
         others = repr(arguments.filled(arguments.names))
         key = (arguments.names, shapes, others, sizes, modes)
         if key not in self.traces:
-            training = {plain_name(name): module.training for name, module in model.named_modules()}
-            self.traces[key] = self._traced(model, self._whole(arguments, sizes), training, sizes)
+            self.traces[key] = self._traced(model, self._whole(arguments, sizes), sizes)
             if not arguments.values[1] and len(arguments.names) == len(arguments.values[0]):
                 self.by_shape[tuple(tuple(x.shape) for x in arguments.tensors), model.training] = self.traces[key]
         return self.traces[key]
@@ -167,10 +167,8 @@ class Partition:
             made[-1].real_device = device_of(x)  # type: ignore[attr-defined]
         return Arguments(arguments.filled(made), arguments.names)
 
-    def _traced(
-        self, model: nn.Module, whole: Arguments, training: Mapping[str, bool], sizes: tuple[int, ...]
-    ) -> Trace:
-        start = time.monotonic()
+    def _traced(self, model: nn.Module, whole: Arguments, sizes: tuple[int, ...]) -> Trace:
+        start, settings = time.monotonic(), settings_of(model)
         domain = domain_of(self.manager)
         device = _where_to_agree(model, domain.process_group)
         what = f"partitioning {type(model).__name__}"
@@ -180,9 +178,9 @@ class Partition:
         try:
             with one_at_a_time:
                 shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in whole.tensors)
-                kind = (shapes, repr(whole.filled(whole.names)), tuple(training.values()))
+                kind = (shapes, repr(whole.filled(whole.names)), settings_key(model))
                 if kind not in self.captured:
-                    self.captured[kind] = self.ghost.capture(whole, training)
+                    self.captured[kind] = self.ghost.capture(whole, settings)
                 captured = self.captured[kind]
                 place = Place(Planned(self.manager), self.manager.domain_rank, self.manager.domain_parallel_size)
                 made = Writing(captured, model, place, self.shard_dim, sizes, self.divided, whole.names)

@@ -45,7 +45,7 @@ class Writing:
 
     def write(self) -> tuple[Builder, list[fx.Node], list[fx.Node]]:
         """The program, its inputs and its results."""
-        builder = Builder(self.place, self.sizes, self._constant)
+        builder = Builder(self.place, self.sizes, self._constant, self.captured.functions)
         inputs = []
         for name, node in zip(self.names, self.captured.inputs, strict=True):
             like = node.meta["val"]

@@ -47,17 +47,28 @@ def replicated(b: Builder, *args: Any, **kwargs: Any) -> Any:
         b.draws = True
     if divided((args, kwargs)):
         b.repeats()
-    node = b.emit(b.node.target, *whole(b, args), **whole(b, kwargs))
-    return results(b, node, None)
+    made = results(b, b.emit(b.node.target, *whole(b, args), **whole(b, kwargs)), None)
+    divide_again(made, (args, kwargs))
+    return made
 
 
-def divided(given: Any) -> bool:
-    """Whether any of the values has rows that are divided."""
+def divided(given: Any) -> list[Value]:
+    """The values whose rows are divided."""
     if isinstance(given, Value):
-        return given.layout is not None and given.fill is None
+        return [given] if given.layout is not None and given.fill is None else []
     if isinstance(given, dict):
         given = list(given.values())
-    return isinstance(given, (tuple, list)) and any(divided(item) for item in given)
+    return [value for item in given for value in divided(item)] if isinstance(given, (tuple, list)) else []
+
+
+def divide_again(made: Any, given: Any) -> None:
+    """Let each rank go on with its rows of a result that it holds whole, where the result has those of an operand."""
+    rows = next((value for value in divided(given) if value.layout is not None and value.layout.outer == 1), None)
+    for value in made if isinstance(made, tuple) else (made,):
+        if rows is None or rows.layout is None or not isinstance(value, Value) or value.ndim != rows.ndim:
+            continue
+        if value.shape[rows.layout.dim] == rows.shape[rows.layout.dim]:
+            value.layout = rows.layout
 
 
 def whole(b: Builder, value: Any) -> Any:

@@ -1,0 +1,138 @@
+"""Functions of a model with a backward of their own (:class:`torch.autograd.Function`), and what no program can keep.
+
+A trace has what such a function does forward, and forgets its backward. So while a model is traced the call of one is a
+single operator. The program calls the function itself, on the whole, on every rank.
+
+What a function does backward may depend on all of the gradient, as where it is clipped. A rank holds a part of the
+gradient alone. So the parts are summed before the function's backward, and each rank then returns its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from credit_domain.containers import mapped, tensors_in
+from credit_domain.engine.ranks import Domain, sum_over
+
+_apply = Function.__dict__["apply"]
+
+
+@dataclass
+class Applied:
+    """One call of a function.
+
+    Attributes:
+        kind: The function.
+        args: What it was given; tensors stand for others.
+        result: What it returned, likewise.
+    """
+
+    kind: type[Function]
+    args: tuple[Any, ...]
+    result: Any = None
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """Call the function on other tensors."""
+        new = iter(tensors)
+        return _apply.__get__(None, self.kind)(*mapped(self.args, lambda _, x: next(new)))
+
+
+_calls: list[Applied] = []
+
+
+@torch.library.custom_op("credit_domain::apply_function", mutates_args=())
+def apply_function(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
+    """Stands for the call of a function while a model is traced."""
+    raise NotImplementedError("this operator is traced, and never run")
+
+
+@apply_function.register_fake
+def _(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
+    call = _calls[number]
+    versions = [x._version for x in tensors]
+    with torch.no_grad():
+        call.result = call.run(tensors)
+    if versions != [x._version for x in tensors]:
+        raise ValueError(f"{call.kind.__name__} changes its input in place; return a new tensor instead")
+    return [x.clone() for _, x in tensors_in(call.result)]
+
+
+def _untraced(*_: Any) -> Any:
+    raise NotImplementedError("a gradient that forward itself takes of a torch.autograd.Function cannot be traced")
+
+
+apply_function.register_autograd(_untraced)
+
+
+@contextmanager
+def marked_functions() -> Iterator[list[Applied]]:
+    """While this lasts, calls of functions are traced as one operator each."""
+    _calls.clear()
+
+    def apply(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
+        tensors = [x for _, x in tensors_in(args)]
+        if kwargs or not tensors or kind.__module__.startswith("torch."):
+            return _apply.__get__(None, kind)(*args, **kwargs)
+        if any(isinstance(arg, nn.Module) for arg in args):
+            raise ValueError(f"{kind.__name__} is given a module, whose parameters a program cannot see; pass tensors")
+        _calls.append(Applied(kind, args))
+        new = iter(torch.ops.credit_domain.apply_function(tensors, len(_calls) - 1))
+        return mapped(_calls[-1].result, lambda _, x: next(new))
+
+    def register_hook(x: Tensor, hook: Callable[..., Any]) -> None:
+        raise ValueError(
+            "forward registers a hook on the gradient of a tensor, which a program does not keep: write a "
+            "torch.autograd.Function with that backward instead"
+        )
+
+    patches = (
+        mock.patch.object(Function, "apply", classmethod(apply)),
+        mock.patch.object(Tensor, "register_hook", register_hook),
+    )
+    with patches[0], patches[1]:
+        yield _calls
+
+
+class _Complete(Function):
+    """The same forward; in the backward the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, domain: Domain) -> Tensor:
+        ctx.domain = domain
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_over(grad.contiguous(), ctx.domain), None
+
+
+class _Share(Function):
+    """The same forward; in the backward this rank's share of a gradient that all ranks hold."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad / ctx.ranks, None
+
+
+def on_every_rank(call: Applied, domain: Domain) -> Callable[..., Any]:
+    """A function that calls another on the whole, which every rank holds."""
+
+    def run(*tensors: Tensor) -> Any:
+        shares: list[Any] = [_Share.apply(x, domain.size) for x in tensors]  # type: ignore[no-untyped-call]
+        out = [x for _, x in tensors_in(call.run(shares))]
+        return tuple(_Complete.apply(x, domain) for x in out)  # type: ignore[no-untyped-call]
+
+    return run
