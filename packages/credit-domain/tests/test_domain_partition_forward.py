@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from domain_partitioned import check_partitioned
@@ -94,6 +97,17 @@ class InPlace(nn.Module):
         return Dirty.apply(x + 1)
 
 
+class Lucky(nn.Module):
+    """Stochastic depth by Python's generator, or NumPy's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if self.draw() < 0.5 else x
+
+
 class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -110,8 +124,10 @@ class Counts(nn.Module):
         (Hooked(), r"registers a hook on the gradient of a tensor.*torch.autograd.Function"),
         (InPlace(), "Dirty changes its input in place"),
         (Counts(), "changes calls, and what it does depends on that"),
+        (Lucky(random.random), "draws random numbers with random, which"),
+        (Lucky(lambda: numpy.random.rand()), r"draws random numbers with numpy\.random, which"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["hook", "in place", "counter", "random", "numpy"],
 )
 def test_what_no_program_can_keep_is_refused(model: nn.Module, message: str) -> None:
     def rank_main(rank: int) -> None:

@@ -6,8 +6,9 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch.distributed as dist
 from torch import nn
 
 from credit_domain._torch_private import children_of
@@ -24,6 +25,8 @@ from credit_domain.model.granularity import granularity_of, window_sizes_of
 from credit_domain.model.saved_names import rename_loaded
 from credit_domain.ops.conv.conv_layers import needs_halo
 from credit_domain.ops.conv.sharing import tell_lone_readers
+from credit_domain.partitioner.partition_report import PartitionReport
+from credit_domain.partitioner.partitioning import partition_model, partition_report
 from credit_mesh import DomainParallelManager
 
 __all__ = [
@@ -39,25 +42,39 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+Way = Literal["auto", "modules", "graph"]
+"""How a model is converted: module by module, operation by operation, or as it can be."""
+
+
+class UntriedError(ValueError):
+    """A model with code of its own could not be tried."""
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did; prints as a table.
 
     Attributes:
         modules: Each module once, in the order of ``model.named_modules()``; those inside a module that a custom
-            converter replaced are left out.
+            converter replaced are left out. Empty where the model was partitioned.
         granularity: Rows in a block of the partition of the model's input: the model's total stride, times declared
             windows.
+        program: What the model sends, if it was partitioned operation by operation.
+        why: Why it was.
     """
 
     modules: tuple[ConvertedModule, ...]
     granularity: int = 1
+    program: PartitionReport | None = None
+    why: str = ""
 
     def of(self, fate: Fate) -> tuple[ConvertedModule, ...]:
         """The modules with this fate."""
         return tuple(module for module in self.modules if module.fate == fate)
 
     def __str__(self) -> str:
+        if self.program is not None:
+            return "\n".join(filter(None, ("partitioned operation by operation", self.why, str(self.program))))
         lines = [
             f"{len(self.of('converted'))} modules converted, {len(self.of('local'))} local, "
             f"{len(self.of('own code'))} with code of their own; rows come in blocks of {self.granularity}"
@@ -79,6 +96,7 @@ def convert_to_domain_parallel(
     window_sizes: Sequence[int] | None = None,
     known: bool = True,
     check: bool = True,
+    partition: Way = "auto",
 ) -> nn.Module:
     """Convert a model, in place, so that it works on sharded rows with the numbers of one rank.
 
@@ -92,6 +110,9 @@ def convert_to_domain_parallel(
     refused by name. The trial takes place here if the shape of the input is given, else at the first call of the model.
     It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.
 
+    If the shape of the input is given, a model that has such a module, or a module without a rule, is partitioned
+    operation by operation instead (:func:`credit_domain.partition_model`). The log says so, and why.
+
     Args:
         model: The model. Modules that are used in several places stay shared.
         manager: The domain-parallel manager. With a single domain rank nothing is converted.
@@ -104,13 +125,16 @@ def convert_to_domain_parallel(
         local: Modules that mix no rows though it may look so: types, class paths, qualified names or the modules. They
             and their children are left alone.
         input_shape: Global shape of the model's input, or its arguments (a tuple or a dict of shapes, tensors and other
-            values), for the trial and for models whose total stride cannot be seen otherwise; see
-            :func:`credit_domain.model.granularity.granularity_of`. A granularity that the manager has already is kept:
-            the boundaries become multiples of both.
+            values): for the trial, for a model that is partitioned, and for models whose total stride cannot be seen
+            otherwise; see :func:`credit_domain.model.granularity.granularity_of`. A granularity that the manager has
+            already is kept: the boundaries become multiples of both.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
         known: False leaves modules of the known families to the rules.
         check: False skips the trial. Code of your own that mixes rows then trains on wrong numbers without an error,
             unless you have verified the model yourself.
+        partition: ``"modules"`` converts modules alone, and refuses what their rules do not cover. ``"graph"``
+            partitions the model operation by operation, and needs ``input_shape``. ``"auto"`` does the second where
+            the first is refused, if ``input_shape`` is given and ``custom_converters`` is not.
 
     Returns:
         The model; the replacement, where the model itself is a layer that is converted.
@@ -118,21 +142,57 @@ def convert_to_domain_parallel(
     Raises:
         ValueError: If modules are refused: all of them, by name, with what to do. If ``shard_dim`` is no spatial dim,
             or the declared partition does not fit the model's total stride. If the trial finds a module whose numbers
-            differ, on all domain ranks alike. Nothing is changed then.
+            differ, on all domain ranks alike. If the model cannot be partitioned either, with both reasons. Nothing is
+            changed then.
 
     Collectives:
-        Those of the trial, in which every domain rank takes part; none without it. The converted model carries its
-        manager (``_domain_parallel_manager``) and a :class:`ConversionReport` (``_domain_parallel_report``), which is
-        logged at INFO.
+        Those of the trial and of :func:`credit_domain.partition_model`, in which every domain rank takes part; none
+        without them. The converted model carries its manager (``_domain_parallel_manager``) and a
+        :class:`ConversionReport` (``_domain_parallel_report``), which is logged at INFO.
     """
+    if partition not in get_args(Way):
+        raise ValueError(f"partition must be one of {', '.join(get_args(Way))}; got {partition!r}")
     if manager is None or not isinstance(getattr(manager, "domain_parallel_size", None), int):
         raise ValueError(f"manager must have a domain_parallel_size, as a DomainParallelManager has; got {manager!r}")
     if getattr(model, "_domain_parallel_report", None) is not None:
         logger.info("the model is converted already")
         return model
+    if partition == "graph" and (input_shape is None or custom_converters):
+        raise ValueError('partition="graph" needs input_shape=, and takes no custom_converters')
     shard_dim = spatial_only(shard_dim)
     if manager.domain_parallel_size == 1:
         return _finish(model, manager, ConversionReport(()))
+    if partition == "graph":
+        return _by_operations(model, manager, shard_dim, input_shape, "")
+    given = custom_converters, list(local), known, input_shape, window_sizes, check
+    if partition == "modules" or input_shape is None or custom_converters or not _can_agree(manager):
+        return _by_modules(model, manager, shard_dim, *given)
+    try:
+        return _by_modules(model, manager, shard_dim, *given, sure=True)
+    except ValueError as error:
+        reason = error
+    try:
+        return _by_operations(model, manager, shard_dim, input_shape, str(reason))
+    except ValueError as error:
+        if isinstance(reason, UntriedError):
+            logger.info("%s: %s", type(model).__name__, error)
+            return _by_modules(model, manager, shard_dim, *given)
+        raise ValueError(f"{reason}\nIt cannot be partitioned operation by operation either: {error}") from reason
+
+
+def _by_modules(
+    model: nn.Module,
+    manager: Any,
+    shard_dim: int,
+    custom_converters: Mapping[Any, Converter] | None,
+    local: Iterable[Any],
+    known: bool,
+    input_shape: Any,
+    window_sizes: Sequence[int] | None,
+    check: bool,
+    sure: bool = False,
+) -> nn.Module:
+    """Convert modules; if ``sure``, a model that ought to be tried and cannot be is refused."""
     fates = fates_of(model, shard_dim, custom_converters, local, known)
     fates.raise_refused()
     granularity = granularity_of(model, shard_dim, input_shape=input_shape, window_sizes=window_sizes, free=fates.free)
@@ -141,14 +201,18 @@ def convert_to_domain_parallel(
     if hasattr(manager, "granularity"):
         granularity = _set_granularity(manager, granularity)
     report = ConversionReport(tuple(fates.lines), granularity)
-    trial = _trial_of(model, manager, shard_dim, report) if check else None
+    needed = check and isinstance(manager, DomainParallelManager) and _has_own_code(model, report)
+    trial = _trial_of(model, manager, shard_dim, report) if needed else None
+    if needed and trial is None and sure:
+        raise UntriedError("the model cannot be copied, and so not be tried")
     originals = {id(made[id(module)]): module for module in model.modules() if id(module) in made}
     model = _apply(model, made)
     _settle(model, manager)
     tell_lone_readers(model)
     if trial is not None:
         try:
-            trial.begin(model, input_shape)
+            if not trial.begin(model, input_shape) and sure:
+                raise UntriedError("the model could not be tried")
         except BaseException:
             _apply(model, originals)
             manager.granularity = before
@@ -156,14 +220,29 @@ def convert_to_domain_parallel(
     return _finish(model, manager, report)
 
 
-def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: ConversionReport) -> Any:
-    """The trial of a model with code of its own; None where there is nothing to try, or are no ranks to try it on."""
-    from credit_domain.verification.trial import Trial  # which converts models itself
+def _by_operations(model: nn.Module, manager: Any, shard_dim: int, input_shape: Any, why: str) -> nn.Module:
+    """Partition the model; ``why`` its modules could not be converted."""
+    partition_model(model, input_shape, manager, shard_dim=shard_dim)
+    program = partition_report(model)
+    return _finish(model, manager, ConversionReport((), manager.granularity, program, why))
 
+
+def _can_agree(manager: Any) -> bool:
+    """Whether there are ranks that answer."""
+    return isinstance(manager, DomainParallelManager) and dist.get_backend(manager.domain_group) != "fake"
+
+
+def _has_own_code(model: nn.Module, report: ConversionReport) -> bool:
+    """Whether the forward of a module may do with rows what no rule sees."""
     patched = any("forward" in vars(part) for part in model.modules())
     reshaped = any(line.reason == "reshapes" for line in report.modules)  # rows may be anywhere then
-    if not (report.of("own code") or patched or reshaped) or not isinstance(manager, DomainParallelManager):
-        return None
+    return bool(report.of("own code")) or patched or reshaped
+
+
+def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: ConversionReport) -> Any:
+    """The trial of a model with code of its own; None where there are no ranks to try it on, or no copy."""
+    from credit_domain.verification.trial import Trial  # which converts models itself
+
     return Trial.of(model, manager, shard_dim, {line.name: line.reason for line in report.modules})
 
 

@@ -91,9 +91,16 @@ def agree(
 
 def _difference(what: str, texts: list[tuple[str | None, str]]) -> str:
     """One message for all ranks, the same on each: who has a problem, or who says what."""
-    problems = [f"on rank {rank} {problem}" for rank, (problem, _) in enumerate(texts) if problem]
-    if problems:
-        return f"{what}: {'; '.join(problems)}"
+    by_problem: dict[str, list[int]] = {}
+    for rank, (problem, _) in enumerate(texts):
+        if problem:
+            by_problem.setdefault(problem, []).append(rank)
+    if by_problem:
+        where = {
+            problem: "every rank" if 1 < len(ranks) == len(texts) else f"rank {', '.join(map(str, ranks))}"
+            for problem, ranks in by_problem.items()
+        }
+        return f"{what}: {'; '.join(f'on {ranks} {problem}' for problem, ranks in where.items())}"
     by_text: dict[str, list[int]] = {}
     for rank, (_, text) in enumerate(texts):
         by_text.setdefault(text, []).append(rank)

@@ -70,7 +70,8 @@ class Fates:
             raise ValueError(
                 f"{len(self.refused)} modules may mix rows of different ranks and have no rule:\n  {listed}\n"
                 "For each, pass a replacement in custom_converters={Type: function}, or, if it mixes no rows, name it "
-                "in local=[...]. Nothing was changed."
+                "in local=[...]. With input_shape=, the whole model is partitioned operation by operation instead. "
+                "Nothing was changed."
             )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -209,6 +211,7 @@ class Ghost:
     def _capture(self, arguments: Arguments, settings: Settings) -> tuple[Captured, Settings]:
         """The trace, and the attributes after a forward."""
         restore(self.model, settings)
+        drawn = _drawn()
         with self.mode:
             tensors = tuple(_like(x, device_of(x)) for x in arguments.tensors)
         results: list[Any] = []
@@ -222,12 +225,26 @@ class Ghost:
                     exported = torch.export.export(flat, tensors, strict=False)
                     _detach_without_grad(exported.graph_module)
                     exported = exported.run_decompositions({})
+                    if drew := [name for name, state in _drawn().items() if state != drawn.get(name, state)]:
+                        raise ValueError(
+                            f"forward draws random numbers with {' and '.join(drew)}, which a program would keep: draw "
+                            "them with torch, or outside of forward and pass them"
+                        )
                     result, after = results[-1]
                     return _read(exported, result, checkpoints, tuple(functions)), after
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"
             ) from error
+
+
+def _drawn() -> dict[str, Any]:
+    """The states of the generators that are not torch's."""
+    states: dict[str, Any] = {"random": random.getstate()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state = numpy.random.get_state()
+        states["numpy.random"] = (state[1].tobytes(), *state[2:])
+    return states
 
 
 def device_of(x: Tensor) -> torch.device:
@@ -241,7 +258,9 @@ def _like(x: Tensor, device: torch.device | None = None) -> Tensor:
 
 
 def _short(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    """What torch says, without its hints for those who work on torch."""
+    hints = ("For ", "If you ", "Caused by", "consider using", "The error above")
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(hints)]
     return "\n".join(lines[:12])
 
 

@@ -49,6 +49,7 @@ class Trial:
         self._switches: Switches = {}
         self._group: ProcessGroup = manager.domain_group
         self._kind = type(plain.model).__name__
+        self._advice = "With input_shape=, the model is partitioned operation by operation instead. "
         # A multiple of usual strides, since the model's own may not be known.
         self._block = manager.granularity * math.ceil(_ROWS_PER_RANK / manager.granularity)
 
@@ -65,8 +66,11 @@ class Trial:
             _warn(type(model).__name__, f"it cannot be copied ({type(error).__name__}: {line_of(error)})")
             return None
 
-    def begin(self, converted: nn.Module, inputs: Any = None) -> None:
+    def begin(self, converted: nn.Module, inputs: Any = None) -> bool:
         """Try the model now if the global shape of its input, or its arguments, are known, else at its first call.
+
+        Returns:
+            Whether it was tried, or will be.
 
         Raises:
             ValueError: On all domain ranks alike, if a module gives other numbers; it is named.
@@ -77,10 +81,11 @@ class Trial:
         self._sharded = Ghost.of(converted, like=self._plain)
         self._switches = switches_of(converted)
         if inputs is not None:
-            self._attempt(converted, Given.of_shapes(inputs, self._shard_dim), torch.device("cpu"))
-            return
+            self._advice = ""
+            return self._attempt(converted, Given.of_shapes(inputs, self._shard_dim), torch.device("cpu"))
         FirstCall(self, converted)
         logger.info("%s is tried on small random rows at its first call (check=False skips this)", self._kind)
+        return True
 
     def at_call(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Try the model with the arguments, and in the mode, of its first call.
@@ -101,12 +106,12 @@ class Trial:
         """Say in the log that the model could not be tried."""
         _warn(self._kind, why)
 
-    def _attempt(self, model: nn.Module, given: Given, device: torch.device) -> None:
-        """Try the first way in which the whole runs; warn where none does."""
+    def _attempt(self, model: nn.Module, given: Given, device: torch.device) -> bool:
+        """Try the first way in which the whole runs; warn where none does, and say whether one did."""
         ranks = self._manager.domain_parallel_size
         if given.rows < ranks:
             self.warn("no input has rows of all ranks")
-            return
+            return False
         if dist.get_backend(self._group) == "nccl":
             device = torch.device("cuda", torch.cuda.current_device())
         twins = Twins(device)
@@ -132,8 +137,9 @@ class Trial:
                     "%s gives the numbers of one rank when tried on %s: %s, %.1f s (check=False skips this)",
                     *(self._kind, partition, shape, time.perf_counter() - begun),
                 )
-                return
+                return True
         self.warn(problem)
+        return False
 
     def _whole(self, filled: Any, twins: Twins, dtype: torch.dtype) -> tuple[Run | None, str]:
         """The run of the plain model, and why it cannot be compared, if it cannot."""
@@ -254,8 +260,8 @@ class Trial:
         return (
             f"{self._kind} does not give the numbers of one rank on {ranks} ranks, when tried on random rows:\n"
             f"  {what}{note}\n"
-            "credit_domain.verify_domain_parallel tells more. check=False converts it all the same, and it trains on "
-            "wrong numbers then."
+            f"{self._advice}credit_domain.verify_domain_parallel tells more. check=False converts it all the "
+            "same, and it trains on wrong numbers then."
         )
 
 
