@@ -125,7 +125,7 @@ class Counts(nn.Module):
         (InPlace(), "Dirty changes its input in place"),
         (Counts(), "changes calls, and what it does depends on that"),
         (Lucky(random.random), "draws random numbers with random, which"),
-        (Lucky(lambda: numpy.random.rand()), r"draws random numbers with numpy\.random, which"),
+        (Lucky(lambda: float(numpy.random.rand())), r"draws random numbers with numpy\.random, which"),
     ],
     ids=["hook", "in place", "counter", "random", "numpy"],
 )
