@@ -52,7 +52,7 @@ def test_with_a_shape_it_is_refused_when_it_is_converted_and_stays_as_it_was(mak
         model = Net(make())
         before = [type(part) for part in model.modules()]
         with pytest.raises(ValueError, match=r"middle \("):
-            convert_to_domain_parallel(model, manager, input_shape=(1, 3, ROWS, COLUMNS), partition="modules")
+            convert_to_domain_parallel(model, manager, input_shape=(1, 3, ROWS, COLUMNS), method="modules")
         assert [type(part) for part in model.modules()] == before
         assert not hasattr(model, "_domain_parallel_report")
         assert manager.partition is None

@@ -136,7 +136,7 @@ class HasATable(nn.Module):
     ],
 )
 def test_what_the_converter_cannot_see_is_caught_and_named(middle, call, text):
-    report = verify_domain_parallel(Around(middle()), (1, 2, 17, 6), 3)
+    report = verify_domain_parallel(Around(middle()), (1, 2, 17, 6), 3, method="modules")
     assert not report
     difference = report.difference
     assert difference.phase == "forward"
@@ -158,6 +158,25 @@ def test_rows_cluster_at_the_seams():
     assert report.difference.seams == (6, 11)
     assert "rows 5-6, 10-11 differ" in str(report)
     assert "ranks meet at 6, 11" in str(report)
+
+
+class Refused(nn.Unfold):
+    """A layer without a rule, in a model that runs."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x):
+        return super().forward(x).view(x.shape)
+
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(F.dropout(x, 0.5, self.training)) + torch.randn_like(x) + torch.rand(x.shape, dtype=x.dtype)
 
 
 class DropsTheGradient(nn.Module):
@@ -186,7 +205,7 @@ def test_shapes_of_the_whole_that_are_written_into_a_model():
         def forward(self, x):
             return x.view(1, 4, 17, 6)
 
-    report = verify_domain_parallel(Around(Fixed()), (1, 2, 17, 6), 3)
+    report = verify_domain_parallel(Around(Fixed()), (1, 2, 17, 6), 3, method="modules")
     assert report.difference.phase == "failed"
     assert report.difference.module == "middle"
     assert "RuntimeError" in report.difference.what
@@ -240,9 +259,41 @@ def test_mistakes():
     with pytest.raises(ValueError, match="no input has rows to shard"):
         verify_domain_parallel(nn.Linear(2, 2), (2, 2), 2)
     with pytest.raises(ValueError, match="modules may mix rows.*\n.*middle .Unfold"):
-        verify_domain_parallel(Around(nn.Unfold(1)), (1, 2, 9, 4), 2)
+        verify_domain_parallel(Around(nn.Unfold(1)), (1, 2, 9, 4), 2, method="modules")
     with pytest.raises(ValueError, match="at most 2 ranks fit|would leave rank"):
         verify_domain_parallel(Around(nn.Identity()), (1, 2, 2, 4), 3)
 
     run_threads(lambda rank: verify_domain_parallel(Around(nn.Identity()), (1, 2, 9, 4), 3), 1)
     assert get_domain_parallel_manager() is None
+
+
+@pytest.mark.parametrize("middle", [Pads, Rolls, Resizes, Averages, Attends, HasATable])
+def test_what_modules_cannot_is_verified_as_it_is_partitioned(middle):
+    report = verify_domain_parallel(Around(middle()), (1, 2, 17, 6), 3)
+    assert report, str(report)
+    assert max(report.parameter_gradients.values()) < 1e-9
+    note = report.notes[0]
+    assert "partitioned operation by operation, as convert_to_domain_parallel does with input_shape" in note
+    assert f"first difference (forward): middle ({middle.__name__})" in note
+
+
+def test_a_model_that_can_be_done_neither_way_says_why_twice():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x.flip(-2) if x.sum() > 0 else x.roll(1, -2)
+
+    report = verify_domain_parallel(Around(Branches()), (1, 2, 17, 6), 3)
+    assert not report
+    assert report.difference.module == "middle"
+    assert "it cannot be partitioned operation by operation either" in report.notes[-1]
+    with pytest.raises(ValueError, match=r"(?s)2 \(Refused\).*it cannot be partitioned .* either"):
+        verify_domain_parallel(nn.Sequential(Around(nn.Identity()), Branches(), Refused()), (1, 2, 17, 6), 3)
+    with pytest.raises(ValueError, match="method must be one of auto, modules, graph; got 'all'"):
+        verify_domain_parallel(nn.Identity(), (1, 2, 17, 6), 3, method="all")
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 4, 3, padding=1), Noise], ids=["conv", "noise"])
+def test_by_operations_if_asked(make):
+    report = verify_domain_parallel(Around(make()), (1, 2, 17, 6), 3, method="graph")
+    assert report, str(report)
+    assert "partitioned operation by operation" in report.notes[0]

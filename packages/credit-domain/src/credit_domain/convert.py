@@ -42,7 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-Way = Literal["auto", "modules", "graph"]
+Method = Literal["auto", "modules", "graph"]
 """How a model is converted: module by module, operation by operation, or as it can be."""
 
 
@@ -96,7 +96,7 @@ def convert_to_domain_parallel(
     window_sizes: Sequence[int] | None = None,
     known: bool = True,
     check: bool = True,
-    partition: Way = "auto",
+    method: Method = "auto",
 ) -> nn.Module:
     """Convert a model, in place, so that it works on sharded rows with the numbers of one rank.
 
@@ -132,9 +132,9 @@ def convert_to_domain_parallel(
         known: False leaves modules of the known families to the rules.
         check: False skips the trial. Code of your own that mixes rows then trains on wrong numbers without an error,
             unless you have verified the model yourself.
-        partition: ``"modules"`` converts modules alone, and refuses what their rules do not cover. ``"graph"``
+        method: ``"modules"`` converts modules alone, and refuses what their rules do not cover. ``"graph"``
             partitions the model operation by operation, and needs ``input_shape``. ``"auto"`` does the second where
-            the first is refused, if ``input_shape`` is given and ``custom_converters`` is not.
+            the first is refused, if ``input_shape`` is given, and neither ``custom_converters`` nor ``local``.
 
     Returns:
         The model; the replacement, where the model itself is a layer that is converted.
@@ -150,22 +150,23 @@ def convert_to_domain_parallel(
         without them. The converted model carries its manager (``_domain_parallel_manager``) and a
         :class:`ConversionReport` (``_domain_parallel_report``), which is logged at INFO.
     """
-    if partition not in get_args(Way):
-        raise ValueError(f"partition must be one of {', '.join(get_args(Way))}; got {partition!r}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
     if manager is None or not isinstance(getattr(manager, "domain_parallel_size", None), int):
         raise ValueError(f"manager must have a domain_parallel_size, as a DomainParallelManager has; got {manager!r}")
     if getattr(model, "_domain_parallel_report", None) is not None:
         logger.info("the model is converted already")
         return model
-    if partition == "graph" and (input_shape is None or custom_converters):
-        raise ValueError('partition="graph" needs input_shape=, and takes no custom_converters')
+    if method == "graph" and (input_shape is None or custom_converters):
+        raise ValueError('method="graph" needs input_shape=, and takes no custom_converters')
     shard_dim = spatial_only(shard_dim)
     if manager.domain_parallel_size == 1:
         return _finish(model, manager, ConversionReport(()))
-    if partition == "graph":
+    if method == "graph":
         return _by_operations(model, manager, shard_dim, input_shape, "")
-    given = custom_converters, list(local), known, input_shape, window_sizes, check
-    if partition == "modules" or input_shape is None or custom_converters or not _can_agree(manager):
+    local = list(local)
+    given = custom_converters, local, known, input_shape, window_sizes, check
+    if method == "modules" or input_shape is None or custom_converters or local or not _can_agree(manager):
         return _by_modules(model, manager, shard_dim, *given)
     try:
         return _by_modules(model, manager, shard_dim, *given, sure=True)

@@ -18,6 +18,8 @@ from credit_domain.partitioner.rules import rule_for
 from credit_domain.partitioner.rules.pointwise import is_pointwise, pointwise
 from credit_domain.partitioner.steps import Place, named
 
+_COLLECTIVES = ("c10d.", "_c10d_functional", "_dtensor.", "symm_mem.", "credit_halo.")
+
 
 @dataclass
 class Writing:
@@ -83,6 +85,11 @@ class Writing:
         kwargs: Any = fx.map_arg(node.kwargs, lambda n: builder.values[n])
         if getattr(node.target, "__name__", "") == "getitem":
             return args[0][args[1]]
+        if str(node.target).startswith(_COLLECTIVES):
+            raise ValueError(
+                f"forward of {builder.module or 'the model'} sends tensors to other ranks itself ({node.target}, "
+                f"{builder.line}): a model that is partitioned must be one for a single rank"
+            )
         rule: Callable[..., Any] = pointwise if is_pointwise(node.target) else rule_for(node.target)
         try:
             return rule(builder, *args, **kwargs)

@@ -118,6 +118,7 @@ FIXED_NOISE = 0.5
 
 _DROPOUT = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 _NOISE = {torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.normal, torch.bernoulli}
+_NOISE_OPERATORS = ("aten.rand", "aten.normal", "aten.bernoulli", "aten.uniform", "aten.exponential")
 _NOISE_IN_PLACE = {Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_}
 _IN_FUNCTIONAL = """pad interpolate scaled_dot_product_attention grid_sample unfold fold softmax conv2d conv3d
 max_pool2d avg_pool2d adaptive_avg_pool2d layer_norm group_norm instance_norm batch_norm"""
@@ -158,6 +159,8 @@ class _Watch(TorchFunctionMode):
         if func in _NOISE_IN_PLACE:
             self._note(func.__name__)
             return args[0].fill_(FIXED_NOISE)
+        if str(func).startswith(_NOISE_OPERATORS):  # of a program
+            return torch.full_like(func(*args, **kwargs), FIXED_NOISE)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.dtype in _NARROW:
             self.recorder.narrowed(str(out.dtype).removeprefix("torch."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from credit_domain.casts import cast_module, cast_tensor
 from credit_domain.containers import mapped, tensors_in
-from credit_domain.convert import Converter, convert_to_domain_parallel
+from credit_domain.convert import Converter, Method, convert_to_domain_parallel
 from credit_domain.model.fates import fates_of
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.trace import arguments_of, is_shape, plain_copy, rows_of
+from credit_domain.partitioner.partitioning import partition_model
 from credit_domain.sharding import shard_tensor
 from credit_domain.verification.compare import compare, compare_whole, has_rows, is_number, own_factors
 from credit_domain.verification.events import Events, unlike_shapes
@@ -39,6 +40,7 @@ def verify_domain_parallel(
     custom_converters: Mapping[Any, Converter] | None = None,
     local: Iterable[Any] = (),
     convert: Callable[[nn.Module, DomainParallelManager], nn.Module] | None = None,
+    method: Method = "auto",
     partition: RowPartition | None = None,
     tolerance: float = 1e-9,
     seed: int = 0,
@@ -69,6 +71,8 @@ def verify_domain_parallel(
         custom_converters: As for :func:`credit_domain.convert.convert_to_domain_parallel`, like ``local``.
         local: See ``custom_converters``.
         convert: Converts the model in place of :func:`credit_domain.convert.convert_to_domain_parallel`.
+        method: As for :func:`credit_domain.convert.convert_to_domain_parallel`. With ``"auto"``, a model whose modules
+            cannot be converted exactly is verified as it is partitioned operation by operation; a note says so.
         partition: How to divide the rows; None takes what ``manager.declare`` would.
         tolerance: The largest error, relative to the largest value of what is compared, that counts as rounding.
         seed: Of the random inputs and of the loss.
@@ -83,88 +87,157 @@ def verify_domain_parallel(
 
     Dropout is set to 0 and whatever is drawn at random is a constant, in both runs; the report says so.
     """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
     plain = cast_module(plain_copy(model if isinstance(model, nn.Module) else model()), torch.float64)
-    notes = [f"dropout of {', '.join(names)} set to 0"] if (names := without_dropout(plain)) else []
-    args, kwargs = _arguments(inputs, seed)
-    numbers = [x for _, x in tensors_in((args, kwargs)) if is_number(x)]
-    rows = rows_of(numbers, shard_dim)
-    if not rows:
-        raise ValueError(
-            "no input has rows to shard: expected a floating-point or complex tensor of three or more dims"
-        )
-    local = list(local)
-    fates = fates_of(plain, shard_dim, custom_converters, local)
-    if convert is None:
-        fates.raise_refused()
-    granularity = None  # where the model cannot be run for its shapes
-    with suppress(ValueError):
-        granularity = granularity_of(plain, shard_dim, input_shape=args or kwargs, free=fates.free)
+    trial = _Verification(plain, inputs, ranks, shard_dim, partition, tolerance, seed, timeout)
+    if convert is not None:
+        return trial.of(convert)
+    local, report, reason = list(local), None, ""
+    method = "modules" if method == "auto" and (custom_converters or local) else method
+    if method != "graph":
+        fates = fates_of(plain, shard_dim, custom_converters, local)
+        if method == "modules":
+            fates.raise_refused()
+        granularity = None  # where the model cannot be run for its shapes
+        with suppress(ValueError):
+            granularity = granularity_of(plain, shard_dim, input_shape=trial.args or trial.kwargs, free=fates.free)
 
-    def converted(manager: DomainParallelManager) -> nn.Module:
-        twin = plain_copy(plain)
-        if convert is not None:
-            return convert(twin, manager)
-        return convert_to_domain_parallel(twin, manager, shard_dim, custom_converters, local=local, check=False)
+        def by_modules(twin: nn.Module, manager: DomainParallelManager) -> nn.Module:
+            made = convert_to_domain_parallel(twin, manager, shard_dim, custom_converters, local=local, check=False)
+            if granularity is not None:
+                manager.granularity = granularity
+            return made
 
-    whole = Run(plain_copy(plain), args, kwargs)
-    whole.forward()
-    for kind, count in sorted(whole.recorder.noise.items()):
-        held = "held fixed" if kind == "dropout" else f"gives {FIXED_NOISE}"
-        notes.append(f"{kind} {held} ({count} calls)")
-    for dtype, where in whole.recorder.narrow.items():
-        notes.append(f"{where} computes in {dtype}, whose rounding may exceed the tolerance")
-    factors = whole.factors(seed + 1)
-    whole.backward(factors)
-
-    runs: dict[int, Run] = {}
-    divided: list[RowPartition] = []
-
-    def rank_main(rank: int) -> None:
-        manager = initialize_domain_parallel(ranks, ranks, shard_dim)
-        twin = converted(manager)
-        if granularity is not None:
-            manager.granularity = granularity
-        own = manager.declare(rows if partition is None else partition)
-        if rank == 0:
-            divided.append(own)
-
-        def mine(_: str, x: Tensor) -> Tensor:
-            return shard_tensor(x, shard_dim, manager) if _sharded(x, rows, shard_dim) else x
-
-        run = runs[rank] = Run(twin, *mapped((args, kwargs), mine))
-        run.forward()
-        dist.barrier()
         try:
-            own_part = own_factors(factors, [runs[r].shapes for r in range(ranks)], rank, shard_dim)
-        except LookupError:
-            return  # compared, and reported, below; on all ranks alike
-        run.backward(own_part)
+            fates.raise_refused()
+            report = trial.of(by_modules)
+        except ValueError as error:
+            if method == "modules":
+                raise
+            reason = str(error)
+        else:
+            if report.ok or method == "modules":
+                return report
+            reason = str(report.difference)
 
-    error: RankError | None = None
+    def by_operations(twin: nn.Module, manager: DomainParallelManager) -> nn.Module:
+        return partition_model(twin, trial.args or trial.kwargs, manager, shard_dim=shard_dim)
+
     try:
-        run_threads(rank_main, ranks, timeout=timeout)
-    except RankError as failure:
-        error = failure
-        unfit = next((e for e in failure.errors.values() if isinstance(e, ValueError)), None)
-        if unfit is not None and not runs:
-            raise ValueError(str(unfit)) from failure  # the conversion refused, or the rows do not divide
-    errors: dict[str, dict[str, float]] = {"outputs": {}, "input_gradients": {}, "parameter_gradients": {}}
-    events = Events(whole.recorder, [run.recorder for _, run in sorted(runs.items())], shard_dim, tolerance)
-    difference: Difference | None
-    if error is not None:
-        difference = events.first_difference() or _failure(runs, error, events)
-    else:
-        listed = [runs[rank] for rank in range(ranks)]
-        difference = _compared(whole, listed, events, errors, rows)
-    narrow = whole.recorder.narrow
-    if difference is not None and narrow and difference.error <= _ROUNDING:
-        where = ", ".join(f"{name} in {dtype}" for dtype, name in narrow.items())
-        advice = f"this may be rounding, since not all is computed in double precision ({where}): do so to find out"
-        difference = replace(difference, advice=advice)
-    divided_as = divided[0] if divided else partition
-    return VerificationReport(
-        difference is None, ranks, divided_as, **errors, tolerance=tolerance, difference=difference, notes=tuple(notes)
-    )
+        found = trial.of(by_operations)
+    except ValueError as error:
+        also = f"it cannot be partitioned operation by operation either: {error}"
+        if report is None:
+            raise ValueError("\n".join(filter(None, (reason, also)))) from error
+        return replace(report, notes=(*report.notes, also))
+    why = f"; module by module, {reason}" if reason else ""
+    note = f"partitioned operation by operation, as convert_to_domain_parallel does with input_shape={why}"
+    return replace(found, notes=(note, *found.notes))
+
+
+class _Verification:
+    """A plain model and its inputs, against which converted ones are compared."""
+
+    def __init__(
+        self,
+        plain: nn.Module,
+        inputs: Any,
+        ranks: int,
+        shard_dim: int,
+        partition: RowPartition | None,
+        tolerance: float,
+        seed: int,
+        timeout: float,
+    ) -> None:
+        self.plain, self.ranks, self.shard_dim = plain, ranks, shard_dim
+        self.partition, self.tolerance, self.timeout = partition, tolerance, timeout
+        self.notes = [f"dropout of {', '.join(names)} set to 0"] if (names := without_dropout(plain)) else []
+        self.args, self.kwargs = _arguments(inputs, seed)
+        numbers = [x for _, x in tensors_in((self.args, self.kwargs)) if is_number(x)]
+        self.rows = rows_of(numbers, shard_dim)
+        if not self.rows:
+            raise ValueError(
+                "no input has rows to shard: expected a floating-point or complex tensor of three or more dims"
+            )
+        self.whole = Run(plain_copy(plain), self.args, self.kwargs)
+        self.seed = seed
+
+    def _run_whole(self) -> dict[str, Tensor]:
+        """Run the plain model, once; the weights of its outputs in the loss."""
+        whole, factors = self.whole, self.__dict__.get("_factors")
+        if factors is None:
+            whole.forward()
+            for kind, count in sorted(whole.recorder.noise.items()):
+                held = "held fixed" if kind == "dropout" else f"gives {FIXED_NOISE}"
+                self.notes.append(f"{kind} {held} ({count} calls)")
+            for dtype, where in whole.recorder.narrow.items():
+                self.notes.append(f"{where} computes in {dtype}, whose rounding may exceed the tolerance")
+            factors = self._factors = whole.factors(self.seed + 1)
+            whole.backward(factors)
+        return factors
+
+    def of(self, convert: Callable[[nn.Module, DomainParallelManager], nn.Module]) -> VerificationReport:
+        """Compare with what a conversion makes of a copy of the model.
+
+        Raises:
+            ValueError: If the conversion refuses it, or the rows do not divide.
+        """
+        factors, whole, ranks, shard_dim, rows = self._run_whole(), self.whole, self.ranks, self.shard_dim, self.rows
+        runs: dict[int, Run] = {}
+        divided: list[RowPartition] = []
+
+        def rank_main(rank: int) -> None:
+            manager = initialize_domain_parallel(ranks, ranks, shard_dim)
+            twin = convert(plain_copy(self.plain), manager)
+            own = manager.declare(rows if self.partition is None else self.partition)
+            if rank == 0:
+                divided.append(own)
+
+            def mine(_: str, x: Tensor) -> Tensor:
+                return shard_tensor(x, shard_dim, manager) if _sharded(x, rows, shard_dim) else x
+
+            run = runs[rank] = Run(twin, *mapped((self.args, self.kwargs), mine))
+            run.forward()
+            dist.barrier()
+            try:
+                own_part = own_factors(factors, [runs[r].shapes for r in range(ranks)], rank, shard_dim)
+            except LookupError:
+                return  # compared, and reported, below; on all ranks alike
+            run.backward(own_part)
+
+        error: RankError | None = None
+        try:
+            run_threads(rank_main, ranks, timeout=self.timeout)
+        except RankError as failure:
+            error = failure
+            unfit = next((e for e in failure.errors.values() if isinstance(e, ValueError)), None)
+            if unfit is not None and not runs:
+                raise ValueError(str(unfit)) from failure  # the conversion refused, or the rows do not divide
+        errors: dict[str, dict[str, float]] = {"outputs": {}, "input_gradients": {}, "parameter_gradients": {}}
+        recorders = [run.recorder for _, run in sorted(runs.items())]
+        events = Events(whole.recorder, recorders, shard_dim, self.tolerance)
+        difference: Difference | None
+        if error is not None:
+            difference = events.first_difference() or _failure(runs, error, events)
+        else:
+            listed = [runs[rank] for rank in range(ranks)]
+            difference = _compared(whole, listed, events, errors, rows)
+        narrow = whole.recorder.narrow
+        if difference is not None and narrow and difference.error <= _ROUNDING:
+            where = ", ".join(f"{name} in {dtype}" for dtype, name in narrow.items())
+            advice = f"this may be rounding, since not all is computed in double precision ({where}): do so to find out"
+            difference = replace(difference, advice=advice)
+        divided_as, notes = divided[0] if divided else self.partition, tuple(self.notes)
+        return VerificationReport(
+            difference is None,
+            ranks,
+            divided_as,
+            **errors,
+            tolerance=self.tolerance,
+            difference=difference,
+            notes=notes,
+        )
 
 
 def _arguments(inputs: Any, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -26,6 +26,8 @@ class Parcel:
     """A copy of a tensor on its way to other ranks."""
 
     def __init__(self, tensor: Tensor) -> None:
+        if hasattr(tensor, "fake_mode"):  # one rank traces a model, and the others wait for it to end
+            raise RuntimeError("a tensor is sent to another rank while a model is traced, which sends nothing")
         self._copy = tensor.detach().clone()
         self._ready = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 

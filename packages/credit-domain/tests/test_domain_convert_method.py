@@ -103,7 +103,7 @@ def test_what_rules_cover_is_converted_by_modules() -> None:
 
 
 def test_a_model_without_faults_may_be_partitioned_all_the_same() -> None:
-    model = convert(Net(nn.GELU()), input_shape=SHAPE, partition="graph")[0]
+    model = convert(Net(nn.GELU()), input_shape=SHAPE, method="graph")[0]
     assert conversion_report(model).program is not None
 
 
@@ -116,9 +116,9 @@ def test_a_model_without_faults_may_be_partitioned_all_the_same() -> None:
             r"(?s)in middle.*cannot be partitioned.*either: .* on every rank Net cannot be",
         ),
         (Net(Renormed(4)), {}, "With input_shape=, the whole model is partitioned"),
-        (Net(Renormed(4)), {"input_shape": SHAPE, "partition": "modules"}, r"middle \(Renormed\)"),
-        (Net(nn.GELU()), {"partition": "graph"}, "needs input_shape="),
-        (Net(nn.GELU()), {"partition": "Graph"}, "partition must be one of auto, modules, graph; got 'Graph'"),
+        (Net(Renormed(4)), {"input_shape": SHAPE, "method": "modules"}, r"middle \(Renormed\)"),
+        (Net(nn.GELU()), {"method": "graph"}, "needs input_shape="),
+        (Net(nn.GELU()), {"method": "Graph"}, "method must be one of auto, modules, graph; got 'Graph'"),
         (
             Net(Renormed(4)),
             {"input_shape": SHAPE, "custom_converters": {nn.Conv2d: lambda module: module}},
