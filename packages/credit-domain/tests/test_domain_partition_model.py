@@ -259,7 +259,7 @@ def test_a_report_says_what_is_gathered_and_where() -> None:
     report = check_partitioned(nn.Sequential(nn.Conv2d(4, 4, 1), Odd()).double(), [randn(1, 4, 12, 16)], (5, 7))
     (gathered,), (repeated,) = report.gathered, report.repeated
     assert (gathered.operation, gathered.module) == ("aten.tril.default", "1.inner")
-    assert gathered.bytes == 4 * 12 * 16 * 8
+    assert (gathered.bytes, gathered.total_bytes, gathered.messages) == (4 * 7 * 16 * 8, 4 * 12 * 16 * 8, 1)
     assert "test_domain_partition_model.py" in gathered.line
     assert repeated.entries == 4 * 12 * 16
     assert "gathers  1.inner: aten.tril.default" in str(report)

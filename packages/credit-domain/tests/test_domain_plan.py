@@ -136,7 +136,7 @@ def test_what_would_fail_later_fails_now_by_name():
     with pytest.raises(ValueError, match="at most 2 ranks fit 9 rows in blocks of 8"):
         plan_domain_parallel(nn.Sequential(nn.Conv2d(1, 1, 8, 8)), (1, 1, 9, 9), 3)
     with pytest.raises(ValueError, match="1 modules may mix rows.*\n.*1 .Unfold"):
-        plan_domain_parallel(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Unfold(3)), (1, 1, 9, 9), 2)
+        plan_domain_parallel(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Unfold(3)), (1, 1, 9, 9), 2, method="modules")
     with pytest.raises(ValueError, match="no input has rows to shard"):
         plan_domain_parallel(nn.Linear(2, 2), (2, 2), 2)
 

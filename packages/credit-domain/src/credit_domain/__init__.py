@@ -67,8 +67,9 @@ from credit_domain.manager import (
     get_domain_parallel_manager,
     initialize_domain_parallel,
 )
+from credit_domain.model.domain_plan import DomainPlan, PlannedLayer
 from credit_domain.model.granularity import granularity_of
-from credit_domain.model.planning import DomainPlan, PlannedLayer, plan_domain_parallel
+from credit_domain.model.planning import plan_domain_parallel
 from credit_domain.partitioner.partition_report import PartitionReport
 from credit_domain.partitioner.partitioning import partition_model, partition_report
 from credit_domain.sharding import gather_tensor, shard_batch, shard_tensor

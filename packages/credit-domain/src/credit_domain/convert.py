@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch.distributed as dist
 from torch import nn
@@ -17,6 +17,7 @@ from credit_domain.model.fates import (
     ConvertedModule,
     Converter,
     ConverterKey,
+    Method,
     fates_of,
     is_converted,
     spatial_only,
@@ -40,10 +41,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-Method = Literal["auto", "modules", "graph"]
-"""How a model is converted: module by module, operation by operation, or as it can be."""
 
 
 class UntriedError(ValueError):

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 ConverterKey = type[nn.Module] | str | Callable[[nn.Module], bool]
 """What a custom converter is for: a type, a class path such as ``"package.module.Class"``, or a predicate."""
+
+Method = Literal["auto", "modules", "graph"]
+"""How a model is converted: module by module, operation by operation, or as it can be."""
 
 Converter = Callable[..., nn.Module]
 """Makes the module that stands in for another, which is its argument.

@@ -4,99 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
-from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.layer import Seen, record_of
-from credit_domain.model.fates import Converter, fates_of
+from credit_domain.engine.traffic import traffic
+from credit_domain.model.domain_plan import DomainPlan, PlannedLayer
+from credit_domain.model.fates import Converter, Method, fates_of
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.rules import decide
 from credit_domain.model.trace import LayerCall, rows_of, trace
+from credit_domain.partitioner.program_plan import ProgramPlanner
 from credit_mesh import RowPartition
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """What one call of a row-mixing layer sends.
-
-    Attributes:
-        name: Qualified name of the module.
-        kind: Its class.
-        rows: Global rows of its input.
-        partition: Who holds which of them.
-        target: Who holds which rows of its output; None for layers that keep the partition.
-        halo: The most rows that a rank reads beyond its own, before and after.
-        messages: Sent in one forward by the busiest rank.
-        bytes: Sent in one forward by the busiest rank.
-        total_bytes: Sent in one forward by all ranks.
-        collective: ``exchange``, ``reduction``, or ``none``.
-    """
-
-    name: str
-    kind: str
-    rows: int
-    partition: RowPartition
-    target: RowPartition | None
-    halo: tuple[int, int]
-    messages: int
-    bytes: int
-    total_bytes: int
-    collective: str
-
-
-@dataclass(frozen=True)
-class DomainPlan:
-    """The calls of a model's row-mixing layers, in order; prints as a table.
-
-    Attributes:
-        partition: Partition of the model's input.
-        layers: One entry for each call.
-        notes: What may need a look.
-    """
-
-    partition: RowPartition
-    layers: tuple[PlannedLayer, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def messages(self) -> int:
-        """Messages that the busiest rank sends in one forward."""
-        return sum(layer.messages for layer in self.layers)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the busiest rank sends in one forward; a backward sends as many."""
-        return sum(layer.bytes for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan in dicts, lists, numbers and text."""
-        out = asdict(self)
-        out["partition"] = list(self.partition.sizes)
-        for entry, layer in zip(out["layers"], self.layers, strict=True):
-            entry["partition"] = list(layer.partition.sizes)
-            entry["target"] = None if layer.target is None else list(layer.target.sizes)
-        return {**out, "messages": self.messages, "bytes": self.bytes}
-
-    def __str__(self) -> str:
-        header = ("layer", "kind", "rows", "rows/rank", "halo", "messages", "KiB")
-        table = [header]
-        for layer in self.layers:
-            sizes = layer.partition.sizes
-            per_rank = f"{min(sizes)}-{max(sizes)}" if min(sizes) != max(sizes) else str(sizes[0])
-            halo = f"{layer.halo[0]}+{layer.halo[1]}" if layer.collective == "exchange" else layer.collective
-            kib = f"{layer.bytes / 1024:.1f}"
-            table.append((layer.name, layer.kind, str(layer.rows), per_rank, halo, str(layer.messages), kib))
-        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-        lines = [f"{self.partition}"]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        lines.append(f"busiest rank, one forward: {self.messages} messages, {self.bytes / 1024:.1f} KiB")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def plan_domain_parallel(
@@ -109,6 +29,7 @@ def plan_domain_parallel(
     local: Iterable[Any] = (),
     partition: RowPartition | None = None,
     window_sizes: Sequence[int] | None = None,
+    method: Method = "auto",
 ) -> DomainPlan:
     """Say what a model's row-mixing layers send when its rows are sharded, and raise what would fail later.
 
@@ -124,13 +45,27 @@ def plan_domain_parallel(
         local: As for :func:`credit_domain.convert.convert_to_domain_parallel`.
         partition: How the rows of the input are divided; None divides them evenly in blocks of the total stride.
         window_sizes: Rows in the windows of each level, for models that do not declare them.
+        method: As for :func:`credit_domain.convert.convert_to_domain_parallel`: with ``"auto"``, a model with modules
+            that are refused is planned operation by operation. No trial takes place here: one that the trial refuses
+            is planned by its modules, unless ``method`` is ``"graph"``.
 
     Raises:
-        ValueError: If modules are refused; if the model cannot be run for its shapes; if the rows do not divide over
-            the ranks; or if a layer cannot work on its rows: by name.
+        ValueError: If modules are refused, and the model cannot be traced either; if the model cannot be run for its
+            shapes; if the rows do not divide over the ranks; or if a layer cannot work on its rows: by name.
     """
+    local = list(local)
+    if method == "graph":
+        return ProgramPlanner(model, input_shape, shard_dim).plan(ranks, partition)
     fates = fates_of(model, shard_dim, custom_converters, local)
-    fates.raise_refused()
+    try:
+        fates.raise_refused()
+    except ValueError as reason:
+        if method == "modules" or custom_converters or local:
+            raise
+        try:
+            return ProgramPlanner(model, input_shape, shard_dim).plan(ranks, partition)
+        except ValueError as error:
+            raise ValueError(f"{reason}\nIt cannot be partitioned operation by operation either: {error}") from reason
     calls = trace(model, input_shape, lambda module: decide(module, shard_dim).wrap is not None)
     calls = [call for call in calls if not any(_within(call.name, name) for name in fates.skipped)]
     if partition is None:
@@ -190,39 +125,3 @@ def _planned(call: LayerCall, source: RowPartition, shard_dim: int, declared: Ro
         total_bytes=sum(sent_rows) * row_bytes,
         collective="exchange" if any(messages) else "none",
     )
-
-
-def traffic(footprint: Footprint) -> tuple[int, int, list[int], list[int]]:
-    """The widest halo before and after, and for each rank the rows that it sends and to how many ranks.
-
-    Each rank's missing rows are split by owner, so that the cost grows with the ranks and not with their square.
-    """
-    source = footprint.source
-    sent, messages = [0] * source.ranks, [0] * source.ranks
-    before = after = 0
-    for rank, ((start, stop), need) in enumerate(zip(pairwise(source.offsets), footprint.needs, strict=True)):
-        if not need:
-            continue
-        wanted: dict[int, set[int]] = {}
-        if isinstance(need, tuple):
-            missing = [range(row, row + 1) for row in set(need) if not start <= row < stop]
-            own = [at for at, row in enumerate(need) if start <= row < stop]
-            if own:
-                before, after = max(before, own[0]), max(after, len(need) - 1 - own[-1])
-        elif stop > start:
-            before, after = max(before, start - need.start), max(after, need.stop - stop)
-            missing = [range(need.start, min(need.stop, start)), range(max(need.start, stop), need.stop)]
-        else:
-            missing = [need]
-        for part in missing:
-            for span in footprint.edge.spans(part, source.rows):
-                if span.row is None:
-                    continue
-                ends = sorted({span.row, span.row + (span.length - 1) * span.step})
-                for piece in source.owners(ends[0], ends[-1] + 1):
-                    if piece.rank != rank:
-                        wanted.setdefault(piece.rank, set()).update(range(piece.start, piece.stop))
-        for owner, rows in wanted.items():
-            sent[owner] += len(rows)
-            messages[owner] += 1
-    return before, after, sent, messages

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from credit_domain.containers import mapped, tensors_in
-from credit_domain.engine.ranks import Domain, sum_over
+from credit_domain.engine.ranks import Domain, domain_of, sum_over
 
 _apply = Function.__dict__["apply"]
 
@@ -127,10 +127,11 @@ class _Share(Function):
         return grad / ctx.ranks, None
 
 
-def on_every_rank(call: Applied, domain: Domain) -> Callable[..., Any]:
+def on_every_rank(call: Applied, manager: Any) -> Callable[..., Any]:
     """A function that calls another on the whole, which every rank holds."""
 
     def run(*tensors: Tensor) -> Any:
+        domain = domain_of(manager)
         shares: list[Any] = [_Share.apply(x, domain.size) for x in tensors]  # type: ignore[no-untyped-call]
         out = [x for _, x in tensors_in(call.run(shares))]
         return tuple(_Complete.apply(x, domain) for x in out)  # type: ignore[no-untyped-call]

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from credit_domain.engine.footprint import Footprint
+from credit_domain.engine.traffic import traffic
+from credit_domain.ops.rearranging import Repartition
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.autograd_functions import Applied
 from credit_domain.partitioner.row_layout import Rows, even, plain
-from credit_domain.partitioner.steps import Place
+from credit_domain.partitioner.steps import Place, partition
+from credit_mesh import RowPartition
 
 Layout = Rows | None
 """How a value lies: divided rows, or None where every rank has the whole."""
@@ -62,7 +66,12 @@ class Move:
         operation: Whose operand it is.
         module: Qualified name of the module whose call it is in.
         line: The line of the model's source.
-        bytes: Bytes that this rank receives in a forward, about.
+        bytes: Sent in one forward by the busiest rank. Of a sum: of what is summed.
+        total_bytes: Sent in one forward by all ranks.
+        messages: Sent in one forward by the busiest rank; 0 of a sum.
+        source: Who holds which rows before; None of a sum.
+        target: Who holds which rows afterwards, if that is another partition.
+        halo: The most rows that a rank reads beyond its own, before and after.
     """
 
     kind: str
@@ -70,6 +79,11 @@ class Move:
     module: str
     line: str
     bytes: int
+    total_bytes: int = 0
+    messages: int = 0
+    source: RowPartition | None = None
+    target: RowPartition | None = None
+    halo: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -165,9 +179,38 @@ class Builder:
         places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
         return places[-1] if places else ""
 
-    def moved(self, kind: str, size: int) -> None:
-        """Note that something goes from rank to rank."""
-        self.moves.append(Move(kind, self.operation, self.module, self.line, size))
+    def sums(self, size: int) -> None:
+        """Note that so many bytes are summed over the ranks."""
+        self._note("sum", size, size * self.place.ranks)
+
+    def brings(self, kind: str, value: Value, footprint: Footprint, share: float = 1.0) -> None:
+        """Note that each rank brings the rows of a value, or a ``share`` of each, that a footprint lists."""
+        if footprint.is_local:
+            return
+        before, after, rows, messages = traffic(footprint)
+        if not any(messages):
+            return  # what lies beyond the edges alone
+        row = round(share * value.bytes / max(1, footprint.source.rows))
+        target = None if footprint.target == footprint.source else footprint.target
+        where = {"source": footprint.source, "target": target, "halo": (before, after)}
+        self._note(kind, max(rows) * row, sum(rows) * row, max(messages), **where)
+
+    def gathers(self, value: Value, rows: Rows) -> None:
+        """Note that every rank brings the whole of a value."""
+        others, unit = self.place.ranks - 1, value.bytes // max(1, rows.units)
+        sent = [size * others * unit for size in rows.sizes]
+        self._note("gather", max(sent), sum(sent), others, source=partition(rows.sizes))
+
+    def transposes(self, value: Value, rows: Rows, other: Rows) -> None:
+        """Note that another dim of a value is divided from now on."""
+        unit = value.bytes // max(1, rows.units * other.units)
+        sent = [a * (other.units - b) * unit for a, b in zip(rows.sizes, other.sizes, strict=True)]
+        takers = sum(size > 0 for size in other.sizes)
+        messages = [takers - (b > 0) if a else 0 for a, b in zip(rows.sizes, other.sizes, strict=True)]
+        self._note("transpose", max(sent), sum(sent), max(messages), source=partition(rows.sizes))
+
+    def _note(self, kind: str, size: int, total: int = 0, messages: int = 0, **where: Any) -> None:
+        self.moves.append(Move(kind, self.operation, self.module, self.line, size, total, messages, **where))
 
     def repeats(self) -> None:
         """Note that every rank does the whole of the present operator."""
@@ -196,16 +239,16 @@ class Builder:
         source = value.layout
         assert source is not None
         if layout is None:
-            self.moved("gather", value.bytes)
+            self.gathers(value, source)
             return self.emit(steps.whole(source, self.place, self.label), value.nodes[source])
         if (source.dim, source.outer) == (layout.dim, layout.outer):
-            self.moved("repartition", value.bytes // self.place.ranks)
+            self.brings("repartition", value, Repartition(layout.sizes).footprint(partition(source.sizes)))
             step = steps.repartitioned(source, layout.sizes, self.place, self.label)
             return self.emit(step, value.nodes[source])
         if source.dim != layout.dim:
-            self.moved("transpose", value.bytes // self.place.ranks)
+            self.transposes(value, source, layout)
             return self.emit(steps.transposed(source, layout, self.place, self.label), value.nodes[source])
-        self.moved("gather", value.bytes)  # kept whole for a moment only
+        self.gathers(value, source)  # kept whole for a moment only
         every = self.emit(steps.whole(source, self.place, self.label), value.nodes[source])
         return self.emit(steps.sliced(layout, self.place), every)
 

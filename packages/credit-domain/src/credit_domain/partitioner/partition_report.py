@@ -33,8 +33,8 @@ class PartitionReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.operators} operators; {len(self.moves)} messages, of which {len(self.gathered)} gather a whole "
-            f"value; every rank repeats {len(self.repeated)} operators; traced in {self.seconds:.1f} s"
+            f"{self.operators} operators; {len(self.moves)} exchanges and sums, of which {len(self.gathered)} gather a "
+            f"whole value; every rank repeats {len(self.repeated)} operators; traced in {self.seconds:.1f} s"
         ]
         for move in self.gathered:
             lines.append(f"  gathers  {move.module or '(model)'}: {move.operation}, {move.bytes} bytes  {move.line}")

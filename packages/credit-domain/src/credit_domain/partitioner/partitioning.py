@@ -262,29 +262,8 @@ def partition_model(
     """
     if getattr(model, "_partition", None) is not None:
         raise ValueError(f"{type(model).__name__} is partitioned already")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def unreal(value: Any) -> Any:
-        if is_shape(value):
-            made = torch.empty(tuple(value), dtype=_dtype_of(model), device="meta")
-            made.real_device = device  # type: ignore[attr-defined]
-            return made
-        if isinstance(value, Tensor):
-            value = value.detach()
-            value.real_device = device if value.is_meta else value.device
-        return value
-
-    args, kwargs = arguments_of(example_inputs, unreal)
     ghost = Ghost(model)
-    arguments = Arguments.bound(ghost.signature, args, kwargs)
-    rows = next((x.shape[shard_dim] for x in arguments.tensors if x.ndim >= 3), None)
-    if rows is None:
-        raise ValueError("example_inputs must have a tensor with three dims or more, whose rows are to be sharded")
-    divided = frozenset(
-        name
-        for name, x in zip(arguments.names, arguments.tensors, strict=True)
-        if x.ndim >= 3 and x.shape[shard_dim] == rows
-    )
+    arguments, divided, rows = whole_arguments(model, ghost, example_inputs, shard_dim)
     partition = Partition(ghost, manager, shard_dim, divided)
     declared = manager.partition
     if declared is None or declared.rows != rows:
@@ -303,6 +282,35 @@ def partition_model(
         raise
     model.__dict__["_partition_report"] = trace.report
     return model
+
+
+def whole_arguments(
+    model: nn.Module, ghost: Ghost, inputs: Any, shard_dim: int
+) -> tuple[Arguments, frozenset[str], int]:
+    """The arguments of the whole without memory, which of them have rows, and how many.
+
+    Raises:
+        ValueError: If none of them has rows.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def unreal(value: Any) -> Any:
+        if is_shape(value):
+            made = torch.empty(tuple(value), dtype=_dtype_of(model), device="meta")
+            made.real_device = device  # type: ignore[attr-defined]
+            return made
+        if isinstance(value, Tensor):
+            value = value.detach()
+            value.real_device = device if value.is_meta else value.device
+        return value
+
+    args, kwargs = arguments_of(inputs, unreal)
+    arguments = Arguments.bound(ghost.signature, args, kwargs)
+    rows = next((x.shape[shard_dim] for x in arguments.tensors if x.ndim >= 3), None)
+    if rows is None:
+        raise ValueError("example_inputs must have a tensor with three dims or more, whose rows are to be sharded")
+    named = zip(arguments.names, arguments.tensors, strict=True)
+    return arguments, frozenset(name for name, x in named if x.ndim >= 3 and x.shape[shard_dim] == rows), rows
 
 
 def _where_to_agree(model: nn.Module, group: ProcessGroup | None) -> torch.device:

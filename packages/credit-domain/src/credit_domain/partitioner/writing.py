@@ -16,6 +16,7 @@ from credit_domain.partitioner.module_names import module_of
 from credit_domain.partitioner.row_layout import plain, scaled
 from credit_domain.partitioner.rules import rule_for
 from credit_domain.partitioner.rules.pointwise import is_pointwise, pointwise
+from credit_domain.partitioner.rules.table import divide_again
 from credit_domain.partitioner.steps import Place, named
 
 _COLLECTIVES = ("c10d.", "_c10d_functional", "_dtensor.", "symm_mem.", "credit_halo.")
@@ -92,7 +93,9 @@ class Writing:
             )
         rule: Callable[..., Any] = pointwise if is_pointwise(node.target) else rule_for(node.target)
         try:
-            return rule(builder, *args, **kwargs)
+            made = rule(builder, *args, **kwargs)
+            divide_again(made, (args, kwargs))
+            return made
         except Exception as error:
             where = f"in {builder.module or 'the model'} ({builder.line})"
             raise ValueError(

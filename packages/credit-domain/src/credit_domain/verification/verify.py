@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from credit_domain.casts import cast_module, cast_tensor
 from credit_domain.containers import mapped, tensors_in
-from credit_domain.convert import Converter, Method, convert_to_domain_parallel
-from credit_domain.model.fates import fates_of
+from credit_domain.convert import Converter, convert_to_domain_parallel
+from credit_domain.model.fates import Method, fates_of
 from credit_domain.model.granularity import granularity_of
 from credit_domain.model.trace import arguments_of, is_shape, plain_copy, rows_of
 from credit_domain.partitioner.partitioning import partition_model

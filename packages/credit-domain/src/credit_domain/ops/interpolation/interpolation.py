@@ -7,6 +7,7 @@ dim (``weighing.py``).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -22,7 +23,7 @@ from credit_domain.engine.footprint import Footprint, footprint_from
 from credit_domain.engine.layer import DomainParallelLayer, Seen, known_layer
 from credit_domain.engine.ranks import constant, domain_of, new_layer, normal_dim
 from credit_domain.engine.row_op import RowOp, row_op
-from credit_domain.ops.interpolation.taps import HALF, PICKS, Along, map_of
+from credit_domain.ops.interpolation.taps import HALF, PICKS, Along, Map, map_of
 from credit_domain.ops.interpolation.weighing import part_of, weigh
 from credit_halo import EdgeRule, HaloExchange
 from credit_mesh import DomainParallelManager, RowPartition
@@ -266,10 +267,22 @@ def _cached_order(op: tuple[Any, ...], rows: int, part: tuple[int, int, int, int
         "" if each.same else part_of(along, part if at == own else (0, along.rows, 0, each.rows))
         for at, (along, each) in enumerate(maps)
     ]
-    # What shrinks first, and rows before anything grows: the less is sent.
+    return tuple((at - nd, keys[at]) for at in _dims_in_order(maps, own))
+
+
+def _dims_in_order(maps: Sequence[tuple[Along, Map]], own: int) -> list[int]:
+    """What shrinks first, and rows before anything grows: the less is sent."""
     grows = [each.rows / along.rows for along, each in maps]
-    order = sorted(range(nd), key=lambda at: min(grows[at], 1.0) if at == own else grows[at])
-    return tuple((at - nd, keys[at]) for at in order)
+    return sorted(range(len(maps)), key=lambda at: min(grows[at], 1.0) if at == own else grows[at])
+
+
+def share_sent(op: Resampling, rows: int) -> float:
+    """How large a row is when it is sent, as a part of a row of the input: dims that shrink are resampled before."""
+    maps = [(along, map_of(along)) for along in dims_of(op, rows)]
+    own = len(maps) + op.dim
+    order = _dims_in_order(maps, own)
+    before = [maps[at] for at in order[: order.index(own)]]
+    return math.prod(each.rows / along.rows for along, each in before)
 
 
 @known_layer

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from credit_domain.ops.rearranging import Regroup
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.row_layout import Rows, kept, plain
 from credit_domain.partitioner.rules.pointwise import aligned, common
 from credit_domain.partitioner.rules.table import replicated, rule
-from credit_domain.partitioner.steps import named
+from credit_domain.partitioner.steps import named, partition
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ def _part(b: Builder, value: Value, dim: int, needs: Sequence[range]) -> Any:
     layout = value.layout
     if layout is None or layout.dim != dim or layout.outer > 1:
         return b.emit(aten.slice.Tensor, b.at(value, None), dim, own.start, own.stop)
-    b.moved("take", value.bytes // b.place.ranks)
+    b.brings("take", value, Regroup(tuple(needs)).footprint(partition(layout.sizes)))
     return b.emit(steps.taken(layout, list(needs), b.place, b.label, "take_rows"), b.at(value, layout))
 
 

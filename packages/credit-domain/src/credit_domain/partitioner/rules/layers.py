@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from credit_domain import functional as F
-from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.row_op import footprint_for
 from credit_domain.ops.conv.convolution import geometry_of
 from credit_domain.ops.conv.transposed import TransposedConvolution
-from credit_domain.ops.interpolation.interpolation import resampled_partition
+from credit_domain.ops.interpolation.interpolation import Resampling, numbers, resampled_partition, share_sent
+from credit_domain.ops.interpolation.taps import HALF, PICKS
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows
 from credit_domain.ops.pooling.pooling import Windows
 from credit_domain.partitioner.builder import Builder, Value
@@ -56,19 +56,6 @@ def _over_space(b: Builder, x: Value, nd: int) -> tuple[Any, bool]:
     return layout, False
 
 
-def _halo(b: Builder, x: Value, rows: Rows, footprint: Footprint) -> None:
-    """Note the rows that the rank with the most of them brings."""
-    if footprint.is_local:
-        return
-    owned = (footprint.source.interval(rank) for rank in range(footprint.source.ranks))
-    total = footprint.source.rows
-    brought = max(
-        sum(0 <= row < total and row not in own for row in need)
-        for need, own in zip(footprint.needs, owned, strict=True)
-    )
-    b.moved("halo", brought * x.bytes // max(1, x.shape[rows.dim]))
-
-
 # Convolutions
 
 
@@ -89,7 +76,7 @@ def conv(b: Builder, x: Value, weight: Value, bias: Value | None = None, *args: 
     footprint = op.footprint(partition(layout.sizes))
     fn = (F.conv1d, F.conv2d, F.conv3d)[nd - 1]
     where = _where(b, x, layout)
-    _halo(b, x, layout, footprint)
+    b.brings("halo", x, footprint)
     step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers, **where), f"conv{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
     return b.value(node, plain(layout.dim, footprint.target.sizes))
@@ -110,7 +97,7 @@ def conv_transpose(b: Builder, x: Value, weight: Value, bias: Value | None = Non
     footprint = footprint_for(TransposedConvolution, numbers, layout.sizes)
     fn = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[nd - 1]
     where = _where(b, x, layout)
-    _halo(b, x, layout, footprint)
+    b.brings("halo", x, footprint)
     numbers_of = (stride, padding, more, int(groups), dilation)
     step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers_of, **where), f"conv_transpose{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
@@ -130,7 +117,7 @@ def _pooled(b: Builder, x: Value, nd: int, fn: Callable[..., Any], pool: Sequenc
     stride = _each(stride, nd) if stride is not None and (isinstance(stride, int) or len(stride)) else kernel
     footprint = footprint_for(Windows, (kernel[at], stride[at], padding[at], dilation[at], ceil), layout.sizes)
     where = _where(b, x, layout)
-    _halo(b, x, layout, footprint)
+    b.brings("halo", x, footprint)
     step = named(lambda x: how(fn, x, kernel, stride, padding, dilation, ceil, where), fn.__name__)
     node = b.emit(step, b.at(x, layout))
     return results(b, node, plain(layout.dim, footprint.target.sizes))
@@ -203,12 +190,13 @@ def adaptive_pool(b: Builder, x: Value, size: Any) -> Any:
     at = layout.dim - (x.ndim - nd)
     where = _where(b, x, layout)
     more = (True,) if kind == "max" else ()
-    b.moved("sum" if sizes[at] == 1 else "halo", x.bytes // x.shape[layout.dim])
     node = b.emit(named(lambda x: fn(x, sizes, *more, **where), fn.__name__), b.at(x, layout))
-    out = None
-    if sizes[at] != 1:
-        out = plain(layout.dim, footprint_for(AdaptiveWindows, (sizes[at],), layout.sizes).target.sizes)
-    return results(b, node, out)
+    if sizes[at] == 1:
+        b.sums(x.bytes // x.shape[layout.dim])
+        return results(b, node, None)
+    footprint = footprint_for(AdaptiveWindows, (sizes[at],), layout.sizes)
+    b.brings("halo", x, footprint)
+    return results(b, node, plain(layout.dim, footprint.target.sizes))
 
 
 # Resampling
@@ -245,7 +233,12 @@ def interpolate(b: Builder, x: Value, size: Any, *args: Any) -> Any:
     where = _where(b, x, layout)
     given = [int(n) for n in size] if scale is None else None
     factors = None if scale is None else [float(f) for f in scale]
-    b.moved("halo", 2 * x.bytes // max(1, x.shape[layout.dim]))
+    along = layout.dim - x.ndim
+    spatial = tuple(0 if d == layout.dim else n for d, n in enumerate(x.shape) if d >= 2)
+    asked = (numbers(given, int), numbers(factors, lambda f: f.hex()), mode, corners, None, antialias)
+    computed = torch.float32 if x.dtype in HALF and mode not in PICKS else x.dtype
+    op = Resampling(spatial, along, asked, computed, target=target.sizes)
+    b.brings("halo", x, op.footprint(source), share_sent(op, source.rows))
 
     def resample(x: Tensor) -> Tensor:
         return F.interpolate(x, given, factors, mode, corners, None, antialias, target=target, **where)
@@ -289,7 +282,7 @@ def group_norm(
     if layout is None or layout.dim == 0:
         return local(b, layout, b.at(x, layout), groups, *whole(b, (weight, bias)), eps, cudnn)
     where = {"manager": b.place.manager, "label": b.label}
-    b.moved("sum", 3 * x.shape[0] * groups * 4 * b.place.ranks)
+    b.sums(3 * x.shape[0] * groups * 4 * b.place.ranks)
     step = named(lambda x, w=None, c=None: F.group_norm(x, groups, w, c, eps, **where), "group_norm")
     return b.value(b.emit(step, b.at(x, layout), *whole(b, (weight, bias))), layout)
 
@@ -314,7 +307,7 @@ def instance_norm(
     if layout is None or layout.dim == 0:
         return local(b, layout, b.at(x, layout), *whole(b, (weight, bias)), None, None, use, momentum, eps, cudnn)
     where = {"manager": b.place.manager, "label": b.label}
-    b.moved("sum", 3 * x.shape[0] * x.shape[1] * 4 * b.place.ranks)
+    b.sums(3 * x.shape[0] * x.shape[1] * 4 * b.place.ranks)
     step = named(
         lambda x, w=None, c=None: F.instance_norm(x, None, None, w, c, True, momentum, eps, **where), "instance_norm"
     )
@@ -339,7 +332,7 @@ def layer_norm(
         layout = b.free(x, range(x.ndim - len(shape), x.ndim))
         return local(b, layout, b.at(x, layout), list(shape), *whole(b, (weight, bias)), eps, cudnn)
     where = _where(b, x, layout)
-    b.moved("sum", 12 * b.place.ranks)
+    b.sums(12 * b.place.ranks)
     step = named(lambda x, w=None, c=None: F.layer_norm(x, list(shape), w, c, eps, **where), "layer_norm")
     return b.value(b.emit(step, b.at(x, layout), *whole(b, (weight, bias))), layout)
 
@@ -379,7 +372,7 @@ def batch_norm(b: Builder, x: Value, weight: Any, bias: Any, *args: Any) -> Any:
                     item.layout = None
         return made
     where = {"manager": b.place.manager, "label": b.label}
-    b.moved("sum", 3 * x.shape[1] * 4 * b.place.ranks)
+    b.sums(3 * x.shape[1] * 4 * b.place.ranks)
 
     def norm(x: Tensor, w: Any = None, c: Any = None, mean: Any = None, var: Any = None) -> Any:
         kept = [None if each is None else each.detach().clone() for each in (mean, var)]

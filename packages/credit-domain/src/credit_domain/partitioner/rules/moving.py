@@ -12,6 +12,7 @@ from torch import Tensor
 from credit_domain import functional as F
 from credit_domain.engine.row_op import footprint_for
 from credit_domain.ops.padding.padding import Padding
+from credit_domain.ops.rearranging import Flip, Regroup, Roll
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.row_layout import even, kept, plain
@@ -45,8 +46,8 @@ def taken(b: Builder, x: Value, rows: Sequence[int], like: Any = None) -> Value:
     layout = x.layout
     assert layout is not None
     if len(rows) == 1:  # which every rank will need, where it meets others
-        b.moved("take", x.bytes // max(1, layout.units))
         every = (tuple(rows),) * b.place.ranks
+        b.brings("take", x, Regroup(every).footprint(partition(layout.sizes)))
         return b.value(b.emit(steps.taken(layout, every, b.place, b.label, "take_row"), b.at(x, layout)), None, like)
     step = rows.step if isinstance(rows, range) and rows.step > 0 else 1
     few = len(rows) * 2 * step <= layout.units
@@ -57,7 +58,7 @@ def taken(b: Builder, x: Value, rows: Sequence[int], like: Any = None) -> Value:
     ends = [0, *accumulate(sizes)]
     needs = [rows[a:z] if isinstance(rows, range) else tuple(rows[a:z]) for a, z in pairwise(ends)]
     out = plain(layout.dim, sizes)
-    b.moved("take", x.bytes * len(rows) // max(1, layout.units * b.place.ranks))
+    b.brings("take", x, Regroup(tuple(needs)).footprint(partition(layout.sizes)))
     return b.value(b.emit(steps.taken(layout, needs, b.place, b.label, "take_rows"), b.at(x, layout)), out, like)
 
 
@@ -73,7 +74,7 @@ def select(b: Builder, x: Value, dim: int, index: int) -> Any:
         return replicated(b, x, dim, index)
     row = index % x.shape[dim]
     needs = (range(row, row + 1),) * b.place.ranks
-    b.moved("take", x.bytes // x.shape[dim])
+    b.brings("take", x, Regroup(needs).footprint(partition(layout.sizes)))
     node = b.emit(steps.taken(layout, needs, b.place, b.label, "take_row"), b.at(x, layout))
     return b.value(b.emit(aten.squeeze.dims, node, [dim]), None)
 
@@ -111,7 +112,8 @@ def roll(b: Builder, x: Value, shifts: Any, dims: Any = ()) -> Any:
     amounts = [shifts] if isinstance(shifts, int) else list(shifts)
     where = {"dim": layout.dim, "partition": partition(layout.sizes), "manager": b.place.manager, "label": b.label}
     step = named(lambda x: F.roll(x, amounts, along, **where), "roll")
-    b.moved("take", x.bytes // b.place.ranks)
+    shift = sum(amount for amount, d in zip(amounts, along, strict=True) if d == layout.dim)
+    b.brings("take", x, Roll(shift).footprint(partition(layout.sizes)))
     return b.value(b.emit(step, b.at(x, layout)), layout)
 
 
@@ -124,7 +126,7 @@ def flip(b: Builder, x: Value, dims: Sequence[int]) -> Any:
     if layout.outer > 1:
         return replicated(b, x, dims)
     where = {"dim": layout.dim, "partition": partition(layout.sizes), "manager": b.place.manager, "label": b.label}
-    b.moved("take", x.bytes // b.place.ranks)
+    b.brings("take", x, Flip().footprint(partition(layout.sizes)))
     return b.value(b.emit(named(lambda x: F.flip(x, along, **where), "flip"), b.at(x, layout)), layout)
 
 
@@ -141,9 +143,10 @@ def pad(b: Builder, x: Value, amounts: Sequence[int], mode: str = "constant", va
     dim = layout.dim - x.ndim
     fill = None if value is None else float(value).hex()
     numbers = (*amounts[at : at + 2], mode, fill, dim, x.ndim, len(amounts))
-    out = footprint_for(Padding, numbers, layout.sizes).target
+    footprint = footprint_for(Padding, numbers, layout.sizes)
+    out = footprint.target
     where = {"dim": dim, "partition": partition(layout.sizes), "manager": b.place.manager, "label": b.label}
-    b.moved("halo", x.bytes // x.shape[layout.dim])
+    b.brings("halo", x, footprint)
     step = named(lambda x: F.pad(x, amounts, mode, value, **where), "pad")
     return b.value(b.emit(step, b.at(x, layout)), plain(layout.dim, out.sizes))
 
@@ -220,7 +223,7 @@ def add_at(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Any:
     def sums_of(source: Tensor, table: Tensor) -> Tensor:
         return source.new_zeros(shape).index_add(dim, table, source)
 
-    b.moved("sum", 2 * x.bytes)
+    b.sums(2 * x.bytes)
     node = b.emit(named(sums_of, "sums_of"), b.at(source, layout), b.at(table, layout._replace(dim=0)))
     total = b.value(b.emit(sum_step(b), node), None)
     if shape[dim] < b.place.ranks:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from credit_domain.engine.ranks import domain_of
 from credit_domain.partitioner.autograd_functions import on_every_rank
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.rules.table import RULES, divide_again, divided, results, whole
+from credit_domain.partitioner.rules.table import RULES, divided, results, whole
 from credit_domain.partitioner.steps import named
 
 
@@ -18,10 +17,9 @@ def apply_function(b: Builder, tensors: Sequence[Value], number: int) -> tuple[V
     call = b.functions[number]
     if divided(list(tensors)):
         b.repeats()
-    b.moved("sum", sum(like.numel() * like.element_size() for like in b.meta))
-    step = named(on_every_rank(call, domain_of(b.place.manager)), call.kind.__name__)
+    b.sums(sum(like.numel() * like.element_size() for like in b.meta))
+    step = named(on_every_rank(call, b.place.manager), call.kind.__name__)
     made: tuple[Value, ...] = results(b, b.emit(step, *whole(b, list(tensors))), None)
-    divide_again(made, list(tensors))
     return made
 
 

@@ -70,7 +70,7 @@ def contraction(
         nodes.append(b.at(v, plain(w.index(letter), parts)._replace(outer=outer) if letter in w else None))
     if not summed:
         return emit(*nodes), plain(out.index(letter), parts)._replace(outer=outer)
-    b.moved("sum", 2 * math.prod(sizes[c] for c in out) * value.dtype.itemsize)
+    b.sums(2 * math.prod(sizes[c] for c in out) * value.dtype.itemsize)
     return b.emit(sum_step(b), emit(*nodes)), None
 
 

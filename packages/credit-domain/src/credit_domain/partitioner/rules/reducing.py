@@ -46,7 +46,7 @@ def _reduce(
         return local(b, _reduced(b, x, along, keep), b.at(x, layout), *args, **kwargs)
     sizes = tuple(size * layout.outer for size in layout.sizes)
     where = {"dim": layout.dim, "partition": partition(sizes), "manager": b.place.manager, "label": b.label}
-    b.moved("sum", x.bytes // x.shape[layout.dim] if x.shape[layout.dim] else 0)
+    b.sums(x.bytes // x.shape[layout.dim] if x.shape[layout.dim] else 0)
     node = b.emit(named(lambda x: over(x, along, where), over.__name__), b.at(x, layout))
     return results(b, node, None)
 
@@ -130,7 +130,7 @@ def softmax(b: Builder, x: Value, dim: int, third: Any = None, **kwargs: Any) ->
         return whole_dims(b, x, [dim], *given, **kwargs)
     sizes = tuple(size * layout.outer for size in layout.sizes)
     where = {"dim": layout.dim, "partition": partition(sizes), "manager": b.place.manager, "label": b.label}
-    b.moved("sum", 2 * x.bytes // x.shape[layout.dim])
+    b.sums(2 * x.bytes // x.shape[layout.dim])
     step = named(lambda x: F.softmax(x, dim, third, **where), "softmax")
     return b.value(b.emit(step, b.at(x, layout)), layout)
 

@@ -32,7 +32,8 @@ def unfold(b: Builder, x: Value, kernel: Pair, dilation: Pair, padding: Pair, st
     if layout is None or layout.dim != x.ndim - 2 or layout.outer > 1:
         return local(b, layout, b.at(x, layout), kernel, dilation, padding, stride)
     op = Convolution(kernel[0], stride[0], padding[0], padding[0], dilation[0])
-    target = op.footprint(partition(layout.sizes)).target
+    footprint = op.footprint(partition(layout.sizes))
+    target = footprint.target
     columns = int(b.meta.shape[-1]) // target.rows
     call = Call(-2, partition(layout.sizes), b.place.manager, b.label)
     how = tuple(kernel), tuple(dilation), (0, padding[1]), tuple(stride)
@@ -44,7 +45,7 @@ def unfold(b: Builder, x: Value, kernel: Pair, dilation: Pair, padding: Pair, st
             return F.unfold(rows, *how)
         return rows.flatten(-2).repeat_interleave(kernel[0] * kernel[1], -2)  # no patch of as many entries
 
-    b.moved("halo", 2 * (op.span - 1) * x.bytes // x.shape[-2])
+    b.brings("halo", x, footprint)
     sizes = [size * columns for size in target.sizes]
     return b.value(b.emit(named(unfold_rows, "unfold"), b.at(x, layout)), plain(b.meta.ndim - 1, sizes))
 
@@ -82,7 +83,7 @@ def fold(b: Builder, x: Value, size: Pair, kernel: Pair, dilation: Pair, padding
         made = F.fold(brought.flatten(-2), (tall, size[1]), *how)
         return made.narrow(-2, step.first - (step.start * stride[0] - padding[0]), step.out)
 
-    b.moved("halo", 2 * span * x.bytes // down)
+    b.brings("halo", x, footprint)
     node = b.emit(named(fold_rows, "fold"), b.at(x, layout))
     return b.value(node, plain(b.meta.ndim - 2, footprint.target.sizes))
 

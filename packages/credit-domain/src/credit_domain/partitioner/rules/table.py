@@ -47,9 +47,7 @@ def replicated(b: Builder, *args: Any, **kwargs: Any) -> Any:
         b.draws = True
     if divided((args, kwargs)):
         b.repeats()
-    made = results(b, b.emit(b.node.target, *whole(b, args), **whole(b, kwargs)), None)
-    divide_again(made, (args, kwargs))
-    return made
+    return results(b, b.emit(b.node.target, *whole(b, args), **whole(b, kwargs)), None)
 
 
 def divided(given: Any) -> list[Value]:
@@ -64,10 +62,13 @@ def divided(given: Any) -> list[Value]:
 def divide_again(made: Any, given: Any) -> None:
     """Let each rank go on with its rows of a result that it holds whole, where the result has those of an operand."""
     rows = next((value for value in divided(given) if value.layout is not None and value.layout.outer == 1), None)
+    if rows is None or rows.layout is None:
+        return
+    dim = rows.layout.dim
     for value in made if isinstance(made, tuple) else (made,):
-        if rows is None or rows.layout is None or not isinstance(value, Value) or value.ndim != rows.ndim:
+        if not isinstance(value, Value) or value.layout is not None or value.fill is not None:
             continue
-        if value.shape[rows.layout.dim] == rows.shape[rows.layout.dim]:
+        if value.ndim == rows.ndim and value.shape[dim] == rows.shape[dim]:
             value.layout = rows.layout
 
 
