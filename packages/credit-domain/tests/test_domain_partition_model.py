@@ -79,7 +79,9 @@ def test_names_parameters_hooks_and_classes_stay(manager) -> None:
     assert isinstance(model.once, Block)
     assert type(model.once).__name__ == "Block"
     out = model(x=whole, scale=0.5)
-    assert [name for name in calls if not name.endswith(idle)] == before, "each module's hooks run as often, in the same order"
+    assert [name for name in calls if not name.endswith(idle)] == before, (
+        "each module's hooks run as often, in the same order"
+    )
     assert torch.equal(out["y"], wanted["y"])
     assert (out["height"], out["none"]) == (10, None)
     with torch.no_grad():

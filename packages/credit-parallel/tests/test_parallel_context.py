@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from credit_halo.testing import run_processes
 from credit_mesh import ParallelismConfig
 from credit_parallel import ParallelContext, parallelize
+from credit_parallel.domain import is_partitioned
 
 HEIGHT, WIDTH, SAMPLES = 13, 6, 4
 
@@ -142,6 +143,28 @@ def test_every_layout_trains_like_one_rank(mode, dp, tensor, domain, expected):
     conf = conf_of(mode, tensor, domain)
     results = run_processes(rank_main, dp * tensor * domain, conf, torch.float64, name, 20, timeout=200, fork=True)
     compare(results, expected[name], 1e-9)
+
+
+PARTITIONED = [(mode, dp, tensor, domain) for mode, dp, tensor, domain in LAYOUTS if domain > 1]
+
+
+def partitioned_main(rank, conf, dtype, name, steps):
+    context = parallelize(make(dtype, rank), conf, input_shape=(SAMPLES, 2, HEIGHT, WIDTH))
+    assert is_partitioned(context.model)
+    return train(context, dtype, name, steps)
+
+
+@pytest.mark.parametrize(("mode", "dp", "tensor", "domain"), PARTITIONED, ids=str)
+def test_a_partitioned_model_trains_like_one_rank(mode, dp, tensor, domain, expected):
+    """The same model, operation by operation: its rows, its channels, its replicas, and every other one recomputed."""
+    again = (dp + tensor + domain) % 2 == 0
+    conf = conf_of(mode, tensor, domain, activation_checkpoint=again)
+    conf["trainer"]["parallelism"]["partition"] = "graph"
+    results = run_processes(
+        partitioned_main, dp * tensor * domain, conf, torch.float64, "sgd", 6, timeout=200, fork=True
+    )
+    losses, gradients = expected["sgd"]
+    compare(results, (losses[:6], gradients), 1e-9)
 
 
 @pytest.mark.parametrize(("mode", "dp", "tensor", "domain"), [("fsdp2", 2, 1, 3), ("ddp", 1, 2, 2)])

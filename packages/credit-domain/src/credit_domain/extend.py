@@ -7,6 +7,9 @@ sum over those who take part: :func:`sum_over`. Running a model for its shapes: 
 :func:`plain_copy`, :func:`real_dtype_of`. The names of the model that was converted, in a state dict:
 :func:`plain_names`, :func:`with_plain_names`.
 
+What a model that is partitioned may call: :func:`each_entry` makes a function known
+to the partitioner. Plans for many numbers of ranks: :class:`ProgramPlanner`.
+
 What only private names of torch tell: :func:`parameters_of`, :func:`buffers_of`, :func:`children_of` and
 :func:`pre_hooks_of` a module, :func:`version_of` a tensor, and what :data:`COMPILED` modules add to names.
 """
@@ -16,15 +19,19 @@ from credit_domain.casts import real_dtype_of
 from credit_domain.engine.ranks import ALONE, Domain, domain_of, new_layer, sizes_of, sum_over
 from credit_domain.model.saved_names import plain_names, with_plain_names
 from credit_domain.model.trace import LayerCall, meta_copy, plain_copy, trace
+from credit_domain.partitioner.program_plan import ProgramPlanner
+from credit_domain.partitioner.rules.own_backward import each_entry
 
 __all__ = [
     "ALONE",
     "COMPILED",
     "Domain",
     "LayerCall",
+    "ProgramPlanner",
     "buffers_of",
     "children_of",
     "domain_of",
+    "each_entry",
     "meta_copy",
     "new_layer",
     "parameters_of",

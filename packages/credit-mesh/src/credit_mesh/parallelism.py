@@ -10,6 +10,7 @@ from credit_mesh._check import integer
 from credit_mesh.layout import RankLayout
 
 DATA_MODES = ("fsdp2", "ddp", "none")
+PARTITION_METHODS = ("auto", "modules", "graph")
 
 ParallelismConf = Union["ParallelismConfig", Mapping[str, Any]]
 """A parallelism block: a mapping, or the :class:`ParallelismConfig` made from one."""
@@ -23,19 +24,25 @@ class ParallelismConfig:
         data: How replicas are kept in step: ``"fsdp2"``, ``"ddp"`` or ``"none"``.
         tensor: Tensor-parallel degree, the size of the ``tp`` axis.
         domain: Number of ranks that share the latitude rows of a sample, the size of the ``domain`` axis.
+        partition: How a model is made to work on rows: ``"modules"`` converts its modules, ``"graph"`` partitions it
+            operation by operation, and ``"auto"`` does the second where the first is not exact.
 
     Raises:
-        ValueError: For an unknown data mode, or a degree that is no positive integer (booleans are none).
+        ValueError: For an unknown data mode or partition, or a degree that is no positive integer (booleans are none).
     """
 
     data: str = "none"
     tensor: int = 1
     domain: int = 1
+    partition: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, str) or self.data not in DATA_MODES:
             accepted = ", ".join(repr(mode) for mode in DATA_MODES)
             raise ValueError(f"parallelism.data must be one of {accepted}; got {self.data!r}")
+        if self.partition not in PARTITION_METHODS:
+            accepted = ", ".join(map(repr, PARTITION_METHODS))
+            raise ValueError(f"parallelism.partition must be one of {accepted}; got {self.partition!r}")
         for key in ("tensor", "domain"):
             object.__setattr__(self, key, integer(f"parallelism.{key}", getattr(self, key), least=1))
 
@@ -61,8 +68,11 @@ class ParallelismConfig:
         return cls(**block)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the block as a plain dict with every key present."""
-        return asdict(self)
+        """Return the block as a plain dict with every key present, but for ``partition`` if it is ``"auto"``."""
+        block = asdict(self)
+        if self.partition == "auto":
+            del block["partition"]
+        return block
 
     def layout(self, world_size: int) -> RankLayout:
         """Arrange ``world_size`` ranks over (dp, tp, domain).
@@ -81,7 +91,8 @@ def parse_parallelism_conf(conf: Mapping[str, Any]) -> dict[str, Any]:
             block is found under the key ``parallelism``.
 
     Returns:
-        A new dict with the keys ``data``, ``tensor`` and ``domain``, defaults filled in (``"none"``, 1, 1).
+        A new dict with the keys ``data``, ``tensor`` and ``domain``, defaults filled in (``"none"``, 1, 1), and
+        ``partition``, if it is not ``"auto"``.
 
     Raises:
         ValueError: If the block is missing, has an unknown key, or holds a bad value; the message names the key, the

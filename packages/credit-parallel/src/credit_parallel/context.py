@@ -23,6 +23,7 @@ from credit_mesh import (
     DomainParallelManager,
     ParallelismConfig,
     RankLayout,
+    RowPartition,
     build_device_mesh,
     initialize_domain_parallel,
     parse_parallelism_conf,
@@ -33,14 +34,15 @@ from credit_parallel.checkpoint import LoadedState, Save, load_checkpoint, save_
 from credit_parallel.collectives import clip_grad_norm_
 from credit_parallel.contract import check_batch, check_finite
 from credit_parallel.ddp import apply_ddp
-from credit_parallel.domain import apply_domain_parallel, get_raw_model, sync_domain_gradients
+from credit_parallel.domain import get_raw_model, is_partitioned, sync_domain_gradients
 from credit_parallel.fsdp2 import apply_fsdp2
 from credit_parallel.losses import domain_mean, domain_value
 from credit_parallel.mesh import fold_domain, register_dp_group
 from credit_parallel.reducer import reducer_of
+from credit_parallel.rows_and_channels import divide
 from credit_parallel.sampler import DataParallelSampler, data_parallel_sampler
 from credit_parallel.seeds import RankSeeds, seed_ranks
-from credit_parallel.tensor_parallel import apply_tensor_parallel, sync_replicated_gradients
+from credit_parallel.tensor_parallel import sync_replicated_gradients
 from credit_parallel.trainer_section import Trainer, flag, trainer_of
 
 logger = logging.getLogger(__name__)
@@ -198,8 +200,12 @@ class ParallelContext:
         sync_buffers(self.model, self.manager)
 
     def seed(self, seed: int) -> RankSeeds:
-        """Seed this rank: tp peers alike, domain and data peers apart; see :func:`credit_parallel.seeds.seed_ranks`."""
-        return seed_ranks(seed, self.layout)
+        """Seed this rank: tp peers alike, domain and data peers apart; see :func:`credit_parallel.seeds.seed_ranks`.
+
+        Domain peers are seeded alike where the model was partitioned operation by operation: each takes its part of
+        the numbers that one rank would draw.
+        """
+        return seed_ranks(seed, self.layout, domain_alike=is_partitioned(self.model))
 
     # Checkpoints
 
@@ -229,6 +235,7 @@ def parallelize(
     check_batches: int = 3,
     timeout: float | timedelta | None = None,
     startup_timeout: float | timedelta | None = None,
+    rows: RowPartition | None = None,
     **convert: Any,
 ) -> ParallelContext:
     """Put a model for one GPU on a mesh of ranks: domain, tensor and data parallel, in the order that is right.
@@ -248,8 +255,9 @@ def parallelize(
             one leaves the timeouts of the groups as they are.
         startup_timeout: The same until then; None takes ``trainer.startup_timeout``, or 30 minutes. It is never less
             than ``timeout``.
+        rows: Which rows of the model's input each domain rank holds, if that is decided already.
         **convert: Those of :func:`credit_domain.convert.convert_to_domain_parallel`: ``custom_converters``, ``local``,
-            ``input_shape``, ``window_sizes``.
+            ``input_shape``, ``window_sizes``. ``method`` is ``trainer.parallelism.partition`` unless it is given.
 
     Raises:
         ValueError: If the block does not fit the number of ranks; if a timeout is no positive time; if modules of the
@@ -282,10 +290,10 @@ def parallelize(
         set_timeouts(first)
     if layout.dp > 1:
         register_dp_group(manager.data_parallel_group)
+    if rows is not None:
+        manager.declare(rows)
     # Layers first, since conversion replaces modules; then what divides their parameters; then what watches gradients.
-    model = apply_domain_parallel(model, manager, shard_dim, **convert)
-    if axes.get("tp") is not None:
-        model = apply_tensor_parallel(model, axes["tp"])
+    model = divide(model, manager, axes.get("tp"), shard_dim, **{"method": config.partition, **convert})
     if layout.tp > 1:  # whose ranks have the same samples, or other channels
         group = manager.data_parallel_group if folded is None else folded.get_group()
         for part in model.modules():

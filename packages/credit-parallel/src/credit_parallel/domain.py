@@ -91,6 +91,11 @@ def get_domain_manager(model: Any) -> Any:
     return getattr(get_raw_model(model), "_domain_parallel_manager", None)
 
 
+def is_partitioned(model: Any) -> bool:
+    """Whether a model, also within wrappers, was partitioned operation by operation."""
+    return getattr(get_raw_model(model), "_partition", None) is not None
+
+
 def manager_of(model: nn.Module) -> Any:
     """The manager of a model, or else that of this process, or None."""
     return get_domain_manager(model) or manager_module.get_domain_parallel_manager()

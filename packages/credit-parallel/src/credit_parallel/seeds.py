@@ -36,7 +36,7 @@ def rank_seeds(seed: int, at: Coords) -> RankSeeds:
     return RankSeeds(*(_derived(seed, name) for name in names))
 
 
-def seed_ranks(seed: int, where: Where = None) -> RankSeeds:
+def seed_ranks(seed: int, where: Where = None, *, domain_alike: bool = False) -> RankSeeds:
     """Seed python's, numpy's (if it is imported) and torch's generators, CPU and GPU, for dropout and noise.
 
     Tensor-parallel peers, which compute the same activations, draw the same numbers; data and domain peers draw
@@ -46,9 +46,12 @@ def seed_ranks(seed: int, where: Where = None) -> RankSeeds:
     that does not. Loaders must not draw from them where domain peers read the same sample: give them
     ``torch.Generator().manual_seed(seeds.replica)``.
 
-    ``seed`` is one integer for the whole run, the same on every rank; of the seeds, the generators got ``rank``.
+    ``seed`` is one integer for the whole run, the same on every rank; of the seeds, the generators got ``rank``. With
+    ``domain_alike``, domain peers draw the same numbers, as a model that is partitioned operation by operation needs:
+    it takes this rank's part of what one rank would draw.
     """
     _, at = place_of(where)
+    at = at._replace(domain=0) if domain_alike else at
     seeds = rank_seeds(seed, at)
     random.seed(seeds.rank)
     if (numpy := sys.modules.get("numpy")) is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind, OutputKind
 
 from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
@@ -169,13 +170,21 @@ class Ghost:
             for module in model.modules():
                 for _name, parameter in parameters_of(module).items():
                     if parameter is not None and id(parameter) not in memo:
-                        memo[id(parameter)] = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
+                        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                        memo[id(parameter)] = nn.Parameter(_like(part), requires_grad=parameter.requires_grad)
                 for name, buffer in buffers_of(module).items():  # noqa: B007 - a pair
                     if buffer is not None:
                         memo[id(buffer)] = _like(buffer)
                 for value in vars(module).values():
                     if isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it, and will again
                         memo[id(value)] = value.detach().clone()
+        # Parameters that forward does not see as they are registered: tensor parallelism shows it a part.
+        self.presented = frozenset(
+            f"{plain_name(name)}.{parameter}".removeprefix(".")
+            for name, module in model.named_modules()
+            for parameter, value in parameters_of(module).items()
+            if isinstance(value, DTensor) or hasattr(type(module), parameter)
+        )
         self.model = copy.deepcopy(model, memo)
         self._harmless: set[str] = set()  # attributes that forward stores, and does not depend on
         for module in self.model.modules():

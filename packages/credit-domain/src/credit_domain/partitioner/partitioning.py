@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -195,7 +196,8 @@ class Partition:
         elif problem is not None:
             raise ValueError(problem)
         assert made is not None
-        writer = Writer(made.held, captured.checkpoints, lambda name, program: self._keep(model, name, program))
+        keep = functools.partial(self._keep, model)
+        writer = Writer(made.held, captured.checkpoints, keep, self.ghost.presented)
         number = writer.write(scopes_of(builder.graph), inputs, outputs)
         operators = sum(node.op == "call_function" for node in captured.graph.nodes)
         blocks = math.lcm(*builder.blocks)

@@ -9,7 +9,9 @@ from itertools import count
 from typing import Any
 
 from torch import fx, nn
+from torch.distributed.tensor import DTensor
 
+from credit_domain._torch_private import parameters_of
 from credit_domain.partitioner.module_names import plain_name
 from credit_domain.partitioner.recomputing import Calls, recomputed
 from credit_domain.partitioner.steps import named
@@ -88,10 +90,17 @@ class Writer:
         held: The nodes of parameters and buffers, by node, with their names.
         checkpoints: The keyword arguments of each call of ``torch.utils.checkpoint``.
         keep: Takes a module's name and a program, and gives the number that it is called by.
+        presented: Parameters of which an attribute of the module shows something else than what is registered.
     """
 
-    def __init__(self, held: dict[fx.Node, str], checkpoints: Calls, keep: Callable[[str, Program], int]) -> None:
-        self.held, self.checkpoints, self.keep = held, checkpoints, keep
+    def __init__(
+        self,
+        held: dict[fx.Node, str],
+        checkpoints: Calls,
+        keep: Callable[[str, Program], int],
+        presented: frozenset[str] = frozenset(),
+    ) -> None:
+        self.held, self.checkpoints, self.keep, self.presented = held, checkpoints, keep, presented
 
     def write(self, scope: Scope, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> int:
         """Write the program of a call, after those of the calls within.
@@ -111,7 +120,12 @@ class Writer:
         def look_up(node: fx.Node) -> fx.Node:
             if node not in values:
                 path = self.held[node]
-                values[node] = graph.get_attr(self._relative(scope.name, path))
+                if path in self.presented:
+                    owner, _, name = path.rpartition(".")
+                    at = "this_module" if owner == scope.name else self._relative(scope.name, owner)
+                    values[node] = graph.call_function(_registered, (graph.get_attr(at), name))
+                else:
+                    values[node] = graph.get_attr(self._relative(scope.name, path))
             return values[node]
 
         for at, item in enumerate(scope.items):
@@ -165,6 +179,12 @@ class Writer:
     @staticmethod
     def _within(scope: str, name: str) -> bool:
         return not scope or name.startswith(f"{scope}.")
+
+
+def _registered(module: nn.Module, name: str) -> Any:
+    """What this rank holds of a parameter."""
+    parameter = parameters_of(module)[name]
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _item(values: Any, at: int) -> Any:

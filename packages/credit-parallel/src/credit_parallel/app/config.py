@@ -91,6 +91,9 @@ class _Parallelism:
     """How many ranks share the channels of a layer."""
     domain: values.Count = 1
     """How many ranks share the latitude rows of a sample."""
+    partition: Annotated[Literal["auto", "modules", "graph"], Field(title="one of auto, modules, graph")] = "auto"
+    """How the model is made to work on rows: its modules are converted; it is partitioned operation by operation
+    (``graph``); or the second where the first is not exact (``auto``)."""
 
 
 def _parallelism_block(value: Any) -> Any:

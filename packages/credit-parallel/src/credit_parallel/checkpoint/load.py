@@ -34,6 +34,7 @@ from credit_parallel.checkpoint.saved_tensors import Stock, read_into
 from credit_parallel.checkpoint.strict_reader import INDEX, CheckpointError, read_index, read_manifest
 from credit_parallel.checkpoint.tensor_files import TensorFiles
 from credit_parallel.checkpoint.together import Context, rank_and_size, resolve, together
+from credit_parallel.domain import is_partitioned
 from credit_parallel.state_dicts import from_first
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def load_checkpoint(
         if same_layout:
             set_rng_state(generators)
         else:
-            reseed(values["seed"], values["step"], layout)
+            reseed(values["seed"], values["step"], layout, is_partitioned(model))
         extra = unpack(values["extra"], opened.small)
     return LoadedState(values["step"], extra, opened.folder, same_layout, missing, unexpected)
 

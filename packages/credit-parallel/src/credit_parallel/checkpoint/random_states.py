@@ -65,7 +65,7 @@ def set_rng_state(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def reseed(seed: int, step: int, layout: RankLayout) -> None:
+def reseed(seed: int, step: int, layout: RankLayout, domain_alike: bool) -> None:
     """Seed the ranks of another layout than the one that was saved; the same for the same checkpoint."""
     digest = hashlib.sha256(f"{seed} at step {step}".encode()).digest()
-    seed_ranks(int.from_bytes(digest[:7], "big"), layout)
+    seed_ranks(int.from_bytes(digest[:7], "big"), layout, domain_alike=domain_alike)

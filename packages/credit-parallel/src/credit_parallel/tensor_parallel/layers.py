@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from credit_domain.extend import parameters_of
+from credit_domain.extend import each_entry, parameters_of
 from credit_halo import exchange_rows, plan_rows
 from credit_halo.extend import group_by_name, ops, plans
 from credit_mesh import RowPartition
@@ -41,16 +42,36 @@ class _Divided(nn.Module):
 
     def _own(self, parameter: Any) -> Tensor:
         """What this rank works with of a parameter."""
-        local: Tensor = parameter.to_local()
+        local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # in a trace
         how = self.tp_division
         if not how.exchange_plan:
             return local
-        if torch.compiler.is_compiling():
-            rows: Tensor = ops.exchange(local, self._dim, how.exchange_plan, how.group, how.label, False, True)
-            return rows
-        return exchange_rows(
-            local, plans[how.exchange_plan], dim=self._dim, group=group_by_name(how.group), label=how.label
-        )
+        return own_parts(local, self._dim, how.exchange_plan, how.group, how.label)
+
+
+def own_parts(local: Tensor, dim: int, plan: str, group: str, label: str) -> Tensor:
+    """This rank's channels of each part, from its slice of the whole."""
+    if torch.compiler.is_exporting():
+        return _TracedParts.apply(local, dim, plan, group, label)  # type: ignore[no-any-return, no-untyped-call]
+    if torch.compiler.is_compiling():
+        rows: Tensor = ops.exchange(local, dim, plan, group, label, False, True)
+        return rows
+    return exchange_rows(local, plans[plan], dim=dim, group=group_by_name(group), label=label)
+
+
+class _TracedParts(torch.autograd.Function):
+    """:func:`own_parts` in the trace of a model that is partitioned: no operator whose order is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, *how: Any) -> Tensor:
+        return torch.empty_like(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("a trace has no backward")  # a program calls own_parts
+
+
+each_entry(_TracedParts, own_parts)
 
 
 class _Column(_Divided):

@@ -95,8 +95,10 @@ def _with_property(cls: Any, name: str, getter: Callable[[str], Callable[[Any], 
 def _slice(name: str) -> Callable[[Any], Tensor]:
     def get(module: Any) -> Tensor:
         parameter: Any = parameters_of(module)[name]
+        if not isinstance(parameter, DTensor):
+            return parameter  # type: ignore[no-any-return]  # in a trace: this rank's slice
         # While fully_shard has it in pieces, whoever reads it is fully_shard.
-        return parameter.to_local() if parameter.device_mesh.ndim == 1 else parameter  # type: ignore[no-any-return]
+        return parameter.to_local() if parameter.device_mesh.ndim == 1 else parameter
 
     return get
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from credit_domain.extend import version_of
+from credit_domain.extend import each_entry, version_of
 from credit_halo.extend import agree, break_group, group_by_name, keep_order, prepare_inductor, refuse_broken
 
 
@@ -32,7 +32,7 @@ def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
 
     Collectives: one sum, in the backward.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         _agree(x, group_by_name(group), f"{label} (input)")
     out: Tensor = _Copy.apply(x, group, label)  # type: ignore[no-untyped-call]
     return out
@@ -41,6 +41,8 @@ def copy_to_region(x: Tensor, group: str, label: str) -> Tensor:
 def sum_from_region(x: Tensor, group: str, label: str) -> Tensor:
     """The sum of the ranks' ``x``, the same on every rank: one sum in the forward; errors as :func:`copy_to_region`."""
     compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting():
+        return _TracedSum.apply(x, group, label)  # type: ignore[no-any-return, no-untyped-call]
     if not compiling:
         _agree(x, group_by_name(group), f"{label} (output)")
     out: Tensor = _sum(x, group, label, compiling)
@@ -121,6 +123,22 @@ def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _sum.register_autograd(_sum_backward, setup_context=_sum_setup)
 keep_order(_sum)
+
+
+class _TracedSum(torch.autograd.Function):
+    """:func:`sum_from_region` in the trace of a model that is partitioned: no operator whose order is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str, label: str) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("a trace has no backward")  # a program calls sum_from_region
+
+
+each_entry(_Copy, copy_to_region)
+each_entry(_TracedSum, sum_from_region)
 
 
 def _agree(x: Tensor, group: ProcessGroup, what: str) -> None:

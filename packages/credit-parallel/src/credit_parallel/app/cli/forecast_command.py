@@ -169,7 +169,7 @@ def _configuration(config: RunConfig, args: argparse.Namespace, world_size: int)
         )
     # Replicas of a forecast have nothing to keep in step.
     mode = "ddp" if before.data == "none" and world_size > tensor * domain else before.data
-    parallelism = ParallelismConfig(mode, tensor, domain)
+    parallelism = ParallelismConfig(mode, tensor, domain, before.partition)
     trainer = dataclasses.replace(trainer, parallelism=parallelism, device=args.device or trainer.device)
     return dataclasses.replace(config, trainer=trainer)
 

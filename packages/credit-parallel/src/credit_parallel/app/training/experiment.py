@@ -134,7 +134,8 @@ def check(
     partition = RowPartition.even(grid.height, 1)
     if layout.domain > 1:
         shape = (1, in_channels, grid.height, grid.width)
-        partition = plan_domain_parallel(model, shape, layout.domain).partition
+        method: Any = trainer.parallelism.partition
+        partition = plan_domain_parallel(model, shape, layout.domain, method=method).partition
     return Checked(config, layout, source, lead_steps, train, valid, partition, model, tuple(notes))
 
 
@@ -217,7 +218,8 @@ def prepare(checked: Checked, device: torch.device, statistics: Statistics | Non
     dtype = getattr(torch, trainer.dtype)
     grid = checked.source.grid
     shape = (1, checked.in_channels, grid.height, grid.width)
-    context = parallelize(cast_module(checked.model, dtype, device), trainer, input_shape=shape, check=trainer.trial)
+    model = cast_module(checked.model, dtype, device)
+    context = parallelize(model, trainer, rows=checked.partition, input_shape=shape, check=trainer.trial)
     if trainer.compile:
         compile_blocks(context.model, trainer)
     rows = range(grid.height)
