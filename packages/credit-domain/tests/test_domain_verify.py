@@ -273,7 +273,7 @@ def test_what_modules_cannot_is_verified_as_it_is_partitioned(middle):
     assert report, str(report)
     assert max(report.parameter_gradients.values()) < 1e-9
     note = report.notes[0]
-    assert "partitioned operation by operation, as convert_to_domain_parallel does with input_shape" in note
+    assert "partitioned operation by operation, as by convert_to_domain_parallel with input_shape" in note
     assert f"first difference (forward): middle ({middle.__name__})" in note
 
 

@@ -310,6 +310,12 @@ def test_what_blocks_of_other_kinds_send_is_said_not_to_be_counted():
 # Which layouts, and which to take
 
 
+class Branches(nn.Module):
+    def forward(self, x):
+        torch._check(x.ndim == 4)
+        return x if x.is_meta or x.sum() > 0 else x.flip(-2)
+
+
 def test_every_layout_that_fits_and_why_others_do_not():
     plans = plan_layouts(transformer(), input_shape=(1, 3, 33, 16), world=24, batch_size=12)
     found = {(p.data, p.dp, p.tensor, p.domain) for p in plans.layouts}
@@ -321,13 +327,21 @@ def test_every_layout_that_fits_and_why_others_do_not():
     assert reasons["dp 8, 24"] == "a batch of 12 sample(s) does not divide over as many replicas"
     assert "attention.heads=2 is not divisible" in reasons["tensor 4"]
     assert "no block declares" in plan_layouts(unet(), input_shape=(1, 3, 33, 16), world=2).skipped[0].reason
-    refused = plan_layouts(
-        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Unfold(1), nn.Unflatten(2, (8, 8))),
-        input_shape=(1, 3, 8, 8),
-        world=2,
-        batch_size=2,
-    )
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Unfold(1), nn.Unflatten(2, (8, 8)))
+    kwargs = {"input_shape": (1, 3, 8, 8), "world": 2, "batch_size": 2}
+    refused = plan_layouts(model, **kwargs, method="modules")
     assert [(p.dp, p.domain) for p in refused.layouts] == [(2, 1), (2, 1)]
+    planned = plan_layouts(model, **kwargs, activation_checkpoint=True)
+    by_rows = next(p for p in planned.layouts if p.domain == 2)
+    assert [layer.kind for layer in by_rows.domain_plan.layers] == ["conv2d"]
+    assert by_rows.halo_bytes == 2 * 3 * 8 * 4 * 2
+    narrow = next(p for p in plan_layouts(model, **kwargs, amp=True).layouts if p.domain == 2)
+    assert narrow.halo_bytes == by_rows.halo_bytes / 2
+    with pytest.raises(ValueError, match="cannot be traced"):
+        plan_layouts(nn.Sequential(model, Branches()), **kwargs, method="graph")
+    untraced = plan_layouts(nn.Sequential(model, Branches()), **kwargs)
+    assert [(p.dp, p.domain) for p in untraced.layouts] == [(2, 1), (2, 1)]
+    assert any("it cannot be partitioned operation by operation either" in note for note in untraced.notes)
     assert "1 (Unfold): it has no rule" in next(each.reason for each in refused.skipped if each.what == "domain 2")
 
 
@@ -609,6 +623,9 @@ def unfold():
 """
 
 
+MODULES = ("--partition", "modules")
+
+
 def test_verify_by_exit_status(capsys, module):
     name = module("mine_f", WRONG)
     assert command("verify", "unet", "--shape", "1,3,33,8", "--ranks", 2, 3, "--option", "width=8") == 0
@@ -616,12 +633,16 @@ def test_verify_by_exit_status(capsys, module):
     assert out.count("exact on") == 2
     assert "NOT" not in out
     assert "head.conv.weight" not in out.split("note:")[0]
-    assert command("verify", f"{name}:Net", "--shape", "1x3x33x8", "--ranks", "2") == 1
+    assert command("verify", f"{name}:Net", "--shape", "1x3x33x8", "--ranks", "2", *MODULES) == 1
     out = capsys.readouterr().out  # also though what rolls rows is multiplied by zero at first
     assert "NOT exact on 2 ranks" in out
     assert "torch.roll" in out or "Tensor.roll" in out
     assert "note: 1 parameter(s), zero throughout, were given random values: last" in out
-    assert command("verify", f"{name}:unfold", "--shape", "1,3,33,8") == 1
+    assert command("verify", f"{name}:Net", "--shape", "1x3x33x8", "--ranks", "2") == 0
+    out = capsys.readouterr().out
+    assert "note: partitioned operation by operation" in out
+    assert "torch.roll" in out or "Tensor.roll" in out
+    assert command("verify", f"{name}:unfold", "--shape", "1,3,33,8", *MODULES) == 1
     out = capsys.readouterr().out
     assert "refused on 2 ranks: 1 modules may mix rows" in out
     assert "refused on 4 ranks: as before" in out
@@ -630,7 +651,7 @@ def test_verify_by_exit_status(capsys, module):
 def test_verify_prints_json_alone(capsys, module):
     name = module("mine_g", WRONG)
     shapes = ("--shape", "1,3,33,8", "--shape", "1,2,33,8")
-    assert command("verify", f"{name}:Net", *shapes, "--ranks", 2, "--json") == 1
+    assert command("verify", f"{name}:Net", *shapes, "--ranks", 2, "--json", *MODULES) == 1
     read = json.loads(capsys.readouterr().out)
     assert read["reports"][0]["difference"]["module"] == ""
     assert read["zeros_filled"] == ["last"]
@@ -638,7 +659,7 @@ def test_verify_prints_json_alone(capsys, module):
     read = json.loads(capsys.readouterr().out)
     assert read["ok"]
     assert read["reports"][0]["partition"] == [16, 17]
-    assert command("verify", f"{name}:unfold", "--shape", "1,3,33,8", "--ranks", 2, "--json") == 1
+    assert command("verify", f"{name}:unfold", "--shape", "1,3,33,8", "--ranks", 2, "--json", *MODULES) == 1
     assert "Unfold" in json.loads(capsys.readouterr().out)["reports"][0]["refused"]
 
 

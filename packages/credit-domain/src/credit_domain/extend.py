@@ -7,7 +7,7 @@ sum over those who take part: :func:`sum_over`. Running a model for its shapes: 
 :func:`plain_copy`, :func:`real_dtype_of`. The names of the model that was converted, in a state dict:
 :func:`plain_names`, :func:`with_plain_names`.
 
-What a model that is partitioned may call: :func:`each_entry` makes a function known
+What becomes of the modules of a model: :func:`fates_of`. What a model that is partitioned may call: :func:`each_entry` makes a function known
 to the partitioner. Plans for many numbers of ranks: :class:`ProgramPlanner`.
 
 What only private names of torch tell: :func:`parameters_of`, :func:`buffers_of`, :func:`children_of` and
@@ -17,6 +17,7 @@ What only private names of torch tell: :func:`parameters_of`, :func:`buffers_of`
 from credit_domain._torch_private import COMPILED, buffers_of, children_of, parameters_of, pre_hooks_of, version_of
 from credit_domain.casts import real_dtype_of
 from credit_domain.engine.ranks import ALONE, Domain, domain_of, new_layer, sizes_of, sum_over
+from credit_domain.model.fates import Method, fates_of
 from credit_domain.model.saved_names import plain_names, with_plain_names
 from credit_domain.model.trace import LayerCall, meta_copy, plain_copy, trace
 from credit_domain.partitioner.program_plan import ProgramPlanner
@@ -27,11 +28,13 @@ __all__ = [
     "COMPILED",
     "Domain",
     "LayerCall",
+    "Method",
     "ProgramPlanner",
     "buffers_of",
     "children_of",
     "domain_of",
     "each_entry",
+    "fates_of",
     "meta_copy",
     "new_layer",
     "parameters_of",

@@ -25,7 +25,7 @@ from torch import nn
 
 from credit_domain import DomainPlan, PlannedLayer, granularity_of, plan_domain_parallel
 from credit_domain.blocks import Block, WindowAttention
-from credit_domain.extend import LayerCall, meta_copy, trace
+from credit_domain.extend import LayerCall, Method, ProgramPlanner, fates_of, meta_copy, trace
 from credit_mesh import RowPartition
 from credit_parallel.blocks import blocks_of
 from credit_parallel.layout_table import LayoutPlan, LayoutPlans, Memory, Skipped, size
@@ -49,6 +49,7 @@ class _Request:
     states: int
     accumulate: int
     rollout: int
+    method: Method
 
 
 def plan_layouts(
@@ -63,6 +64,7 @@ def plan_layouts(
     optimizer_states: int = 2,
     accumulate: int = 1,
     rollout: int = 1,
+    method: Method = "auto",
     conf: Conf = None,
 ) -> LayoutPlans:
     """List the layouts of a world that fit a model, its rows and a batch, what each costs, and which to take.
@@ -85,6 +87,7 @@ def plan_layouts(
         accumulate: Micro-batches in which a replica works through its samples, at least. Where memory is given and does
             not suffice, there are more.
         rollout: Steps of the model that a loss spans.
+        method: As for :func:`credit_domain.model.planning.plan_domain_parallel`.
 
     Raises:
         ValueError: If an argument is out of range, or the model cannot be run for its shapes.
@@ -96,7 +99,9 @@ def plan_layouts(
     shape = (1, *input_shape[1:])
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"input_shape must be that of a sample, (1, C, H, W); got {tuple(input_shape)}")
-    request = _Request(world, batch_size, gpu_memory, amp, activation_checkpoint, optimizer_states, accumulate, rollout)
+    request = _Request(
+        world, batch_size, gpu_memory, amp, activation_checkpoint, optimizer_states, accumulate, rollout, method
+    )
     costs, skipped = _tensor_costs(model, shape, request, conf)
     splits = _RowSplits(model, shape, request, conf)
     partitions, unfit = splits.partitions()
@@ -168,12 +173,25 @@ class _RowSplits:
         self.ghost = meta_copy(model)
         if request.amp:
             self.ghost.to(torch.bfloat16)
-        self.granularity = granularity_of(self.ghost, _LAT, input_shape=shape)
+        refused = request.method == "auto" and bool(fates_of(model, _LAT, None, ()).refused)
+        self.planner, self.narrower, untraced = None, 2 if request.amp else 1, ""
+        if request.method == "graph" or refused:
+            try:
+                self.planner = ProgramPlanner(model, shape, _LAT)
+            except ValueError as error:
+                if request.method == "graph":
+                    raise
+                untraced = f"it cannot be partitioned operation by operation either: {error}"
+        if self.planner is not None:
+            self.granularity = self.planner.granularity()
+        else:
+            self.granularity = granularity_of(self.ghost, _LAT, input_shape=shape)
         self.windows = trace(self.ghost, shape, lambda module: isinstance(module, WindowAttention))
         others = [
             n for n, m in self.ghost.named_modules() if isinstance(m, Block) and not isinstance(m, WindowAttention)
         ]
         self.notes = [f"what {', '.join(others)} send(s) is not counted"] if others else []
+        self.notes += [untraced] if untraced else []
         self.blocks = tuple(blocks_of(model, conf)) if request.recompute else ()
         self.domain_plans: dict[int, DomainPlan | None] = {1: None}
         self.again: dict[int, tuple[int, int]] = {1: (0, 0)}
@@ -185,7 +203,10 @@ class _RowSplits:
         reasons: dict[str, list[int]] = {}
         for degree in _divisors(self.world)[1:]:
             try:
-                partition = RowPartition.even(rows, degree, self.granularity)
+                blocks = self.granularity
+                if self.planner is not None and blocks * degree > rows:
+                    blocks = 1  # windows move rows then
+                partition = RowPartition.even(rows, degree, blocks)
             except ValueError:
                 most = max(1, rows // self.granularity)
                 reason = f"{rows} rows in blocks of {self.granularity} are enough for {most} ranks"
@@ -203,7 +224,14 @@ class _RowSplits:
         return found, [Skipped(f"domain {_listed(degrees)}", reason) for reason, degrees in reasons.items()]
 
     def _domain_plan(self, degree: int, partition: RowPartition) -> DomainPlan:
-        plan = plan_domain_parallel(self.ghost, self.shape, degree, partition=partition)
+        if self.planner is not None:
+            plan = self.planner.plan(degree, partition)
+            layers = (
+                replace(layer, bytes=layer.bytes // self.narrower, total_bytes=layer.total_bytes // self.narrower)
+                for layer in plan.layers
+            )
+            return replace(plan, layers=tuple(layers))
+        plan = plan_domain_parallel(self.ghost, self.shape, degree, partition=partition, method="modules")
         at = {partition.rows: partition}
         for layer in plan.layers:
             at.update({each.rows: each for each in (layer.partition, layer.target) if each is not None})

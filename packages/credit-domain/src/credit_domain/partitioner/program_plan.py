@@ -51,13 +51,15 @@ class ProgramPlanner:
             ValueError: If there are fewer rows than ranks.
         """
         if partition is None:
-            partition = RowPartition.even(self._rows, ranks)
-            blocks = math.lcm(*self._written(partition).blocks)
-            if blocks > 1 and blocks * ranks <= self._rows:
-                partition = RowPartition.even(self._rows, ranks, blocks)
+            blocks = self.granularity(ranks)
+            partition = RowPartition.even(self._rows, ranks, blocks if blocks * ranks <= self._rows else 1)
         written = self._written(partition)
         layers = tuple(_planned(move, partition) for move in written.moves)
         return DomainPlan(partition, layers, _notes(written))
+
+    def granularity(self, ranks: int = 2) -> int:
+        """Rows in blocks of the input with which windows of the model move none."""
+        return math.lcm(*self._written(RowPartition.even(self._rows, ranks)).blocks)
 
     def _written(self, partition: RowPartition) -> Builder:
         """The program of the first rank, which knows what all of them send."""
@@ -84,7 +86,7 @@ def _planned(move: Move, declared: RowPartition) -> PlannedLayer:
 
 
 def _notes(written: Builder) -> tuple[str, ...]:
-    notes = ["planned operation by operation, as convert_to_domain_parallel does with input_shape"]
+    notes = ["planned operation by operation, as by convert_to_domain_parallel with input_shape"]
     for each in written.repeated:
         where = f"{each.module or 'the model'} ({each.line})"
         notes.append(f"every rank does {each.operation} of {where} as a whole: {each.entries} entries")

@@ -119,7 +119,7 @@ def verify_domain_parallel(
         else:
             if report.ok or method == "modules":
                 return report
-            reason = str(report.difference)
+            reason = str(report.difference).splitlines()[0]
 
     def by_operations(twin: nn.Module, manager: DomainParallelManager) -> nn.Module:
         return partition_model(twin, trial.args or trial.kwargs, manager, shard_dim=shard_dim)
@@ -131,8 +131,8 @@ def verify_domain_parallel(
         if report is None:
             raise ValueError("\n".join(filter(None, (reason, also)))) from error
         return replace(report, notes=(*report.notes, also))
-    why = f"; module by module, {reason}" if reason else ""
-    note = f"partitioned operation by operation, as convert_to_domain_parallel does with input_shape={why}"
+    why = f"; by its modules: {' '.join(reason.split())}" if reason else ""
+    note = f"partitioned operation by operation, as by convert_to_domain_parallel with input_shape{why}"
     return replace(found, notes=(note, *found.notes))
 
 

@@ -54,6 +54,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--memory", type=float, metavar="GIB", help="memory of a rank; what needs more is not taken")
     how.add_argument("--amp", action="store_true", help="compute in bfloat16")
     how.add_argument("--activation-checkpoint", action="store_true", help="recompute blocks in the backward")
+    how.add_argument(
+        "--partition",
+        choices=("auto", "modules", "graph"),
+        help="convert modules, partition operation by operation, or the second where modules are refused (default)",
+    )
     parser.add_argument("--layers", action="store_true", help="show the exchanges of the layout to take by layer")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(run=run)
@@ -97,6 +102,7 @@ def _of_config(args: argparse.Namespace) -> LayoutPlans:
         activation_checkpoint=args.activation_checkpoint or trainer.activation_checkpoint,
         accumulate=trainer.grad_accum_steps,
         rollout=trainer.rollout,
+        method=args.partition or trainer.parallelism.partition,
         conf=trainer,
         dtype=trainer.dtype,
     )
@@ -119,6 +125,7 @@ def _of_model(args: argparse.Namespace) -> LayoutPlans:
         batch_size=1 if args.batch_size is None else args.batch_size,
         amp=args.amp,
         activation_checkpoint=args.activation_checkpoint,
+        method=args.partition or "auto",
     )
 
 

@@ -19,8 +19,9 @@ from credit_parallel.app.models import build_model, parse_options
 
 EPILOG = """\
 The model runs whole, and once more with its latitude rows divided over ranks (threads of this process: no GPU, no
-launcher), in float64. Outputs and the gradients of the input and of every parameter must agree to rounding; if not, the
-first module whose result differs is named. Parameters that are zero throughout get small random values first, since
+launcher), in float64. Outputs and the gradients of the input and of every parameter must agree to rounding. A model whose
+modules cannot be converted exactly is partitioned operation by operation, and a note says which module it was. If that
+fails too, the first module whose result differs is named. Parameters that are zero throughout get small random values first, since
 what they multiply would not be seen.
 
 MODEL is unet, transformer, or package.module:factory, also of a module in the working directory. The factory gets those
@@ -31,6 +32,7 @@ Examples:
   credit-parallel verify unet --shape 1,3,41,64
   credit-parallel verify my.models:Swin --shape 1,8,33,64 --ranks 2 3 --option depth=2
   credit-parallel verify my.models:Forced --shape 1,8,33,64 --shape 1,2,33,64
+  credit-parallel verify my.models:Swin --shape 1,8,33,64 --partition modules
 
 The exit status is 0 if the model is exact on each number of ranks, 1 if it is not, or is refused, 2 for other mistakes.
 """
@@ -53,6 +55,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--out-channels", type=int, metavar="C", help="for the factory (default: as the input)")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the model; may be repeated"
+    )
+    parser.add_argument(
+        "--partition",
+        choices=("auto", "modules", "graph"),
+        default="auto",
+        help="convert modules, partition operation by operation, or the second where the first is not exact (default)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(run=run)
@@ -78,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     verdicts: list[dict[str, Any]] = []
     for ranks in args.ranks:
         try:
-            report = verify_domain_parallel(model, tuple(shapes), ranks)
+            report = verify_domain_parallel(model, tuple(shapes), ranks, method=args.partition)
         except ValueError as error:
             again = any(verdict.get("refused") == str(error) for verdict in verdicts)
             verdicts.append({"ranks": ranks, "ok": False, "refused": str(error)})
