@@ -7,8 +7,8 @@ sum over those who take part: :func:`sum_over`. Running a model for its shapes: 
 :func:`plain_copy`, :func:`real_dtype_of`. The names of the model that was converted, in a state dict:
 :func:`plain_names`, :func:`with_plain_names`.
 
-What becomes of the modules of a model: :func:`fates_of`. What a model that is partitioned may call: :func:`each_entry` makes a function known
-to the partitioner. Plans for many numbers of ranks: :class:`ProgramPlanner`.
+What becomes of the modules of a model: :func:`fates_of`. What a model that is partitioned may call: :func:`each_entry`
+makes a function known to the partitioner. Plans for many numbers of ranks: :class:`ProgramPlanner`.
 
 What only private names of torch tell: :func:`parameters_of`, :func:`buffers_of`, :func:`children_of` and
 :func:`pre_hooks_of` a module, :func:`version_of` a tensor, and what :data:`COMPILED` modules add to names.

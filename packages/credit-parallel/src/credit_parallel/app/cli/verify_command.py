@@ -19,10 +19,10 @@ from credit_parallel.app.models import build_model, parse_options
 
 EPILOG = """\
 The model runs whole, and once more with its latitude rows divided over ranks (threads of this process: no GPU, no
-launcher), in float64. Outputs and the gradients of the input and of every parameter must agree to rounding. A model whose
-modules cannot be converted exactly is partitioned operation by operation, and a note says which module it was. If that
-fails too, the first module whose result differs is named. Parameters that are zero throughout get small random values first, since
-what they multiply would not be seen.
+launcher), in float64. Outputs and the gradients of the input and of every parameter must agree to rounding. A model
+whose modules cannot be converted exactly is partitioned operation by operation, and a note says which module it was. If
+that fails too, the first module whose result differs is named. Parameters that are zero throughout get small random
+values first, since what they multiply would not be seen.
 
 MODEL is unet, transformer, or package.module:factory, also of a module in the working directory. The factory gets those
 of in_channels, out_channels, height, width and periodic that it takes (height and width only both), from the first
