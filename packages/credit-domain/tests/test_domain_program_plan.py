@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from domain_partitioned import SharedGhost
 from partition_cases import CASES, H
 from torch import nn
@@ -20,7 +21,6 @@ from credit_domain import initialize_domain_parallel, partition_model, plan_doma
 from credit_domain.partitioner import partitioning
 from credit_domain.partitioner.program_plan import ProgramPlanner
 from credit_halo.testing import run_threads
-from credit_halo.testing._thread_group import ThreadGroup
 from credit_mesh import RowPartition
 
 SIZES = (4, 2, 3, 3)
@@ -30,7 +30,8 @@ def counted(model: nn.Module, inputs: list[torch.Tensor]) -> list[tuple[int, int
     """Messages and bytes that each of four ranks sends in a forward; those of a transposition count apart."""
     sent: Counter[Any] = Counter()
     partition, ghost = RowPartition(SIZES), SharedGhost(model)
-    send, spread = ThreadGroup.send, ThreadGroup.all_to_all
+    (kind,) = run_threads(lambda rank: type(dist.group.WORLD), 1)
+    send, spread = kind.send, kind.all_to_all
     on = False
 
     def sending(self, tensor, dst, tag=0):
@@ -59,8 +60,8 @@ def counted(model: nn.Module, inputs: list[torch.Tensor]) -> list[tuple[int, int
         mine(*own)
 
     with (
-        mock.patch.object(ThreadGroup, "send", sending),
-        mock.patch.object(ThreadGroup, "all_to_all", spreading),
+        mock.patch.object(kind, "send", sending),
+        mock.patch.object(kind, "all_to_all", spreading),
         mock.patch.object(partitioning, "Ghost", return_value=ghost),
     ):
         run_threads(rank_main, 4)

@@ -108,7 +108,8 @@ def convert_to_domain_parallel(
     It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.
 
     If the shape of the input is given, a model that has such a module, or a module without a rule, is partitioned
-    operation by operation instead (:func:`credit_domain.partition_model`). The log says so, and why.
+    operation by operation instead (:func:`credit_domain.partitioner.partitioning.partition_model`). The log says so, and
+    why.
 
     Args:
         model: The model. Modules that are used in several places stay shared.
@@ -143,8 +144,8 @@ def convert_to_domain_parallel(
             changed then.
 
     Collectives:
-        Those of the trial and of :func:`credit_domain.partition_model`, in which every domain rank takes part; none
-        without them. The converted model carries its manager (``_domain_parallel_manager``) and a
+        Those of the trial and of :func:`credit_domain.partitioner.partitioning.partition_model`, in which every domain
+        rank takes part; none without them. The converted model carries its manager (``_domain_parallel_manager``) and a
         :class:`ConversionReport` (``_domain_parallel_report``), which is logged at INFO.
     """
     if method not in get_args(Method):

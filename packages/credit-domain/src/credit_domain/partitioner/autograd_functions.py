@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from credit_domain._torch_private import version_of
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.engine.ranks import Domain, domain_of, sum_over
 
@@ -57,10 +58,10 @@ def apply_function(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
 @apply_function.register_fake
 def _(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
     call = _calls[number]
-    versions = [x._version for x in tensors]
+    versions = [version_of(x) for x in tensors]
     with torch.no_grad():
         call.result = call.run(tensors)
-    if versions != [x._version for x in tensors]:
+    if versions != [version_of(x) for x in tensors]:
         raise ValueError(f"{call.kind.__name__} changes its input in place; return a new tensor instead")
     return [x.clone() for _, x in tensors_in(call.result)]
 
