@@ -15,6 +15,7 @@ from credit_domain import PartitionReport, initialize_domain_parallel, partition
 from credit_domain.containers import tensors_in
 from credit_domain.partitioner import partitioning
 from credit_domain.partitioner.capture import Arguments, Captured, Ghost
+from credit_domain.verification.compare import sharded_dim
 from credit_halo.testing import run_threads
 from credit_mesh import RowPartition
 
@@ -24,10 +25,10 @@ class SharedGhost:
 
     def __init__(self, model: nn.Module) -> None:
         self.ghost, self.captured = Ghost(model), dict[Any, Captured]()
-        self.signature = self.ghost.signature
+        self.signature, self.presented = self.ghost.signature, self.ghost.presented
 
     def capture(self, arguments: Arguments, settings: Any) -> Captured:
-        key = tuple((tuple(x.shape), x.dtype) for x in arguments.tensors), repr(settings)
+        key = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in arguments.tensors), repr(settings)
         if key not in self.captured:
             self.captured[key] = self.ghost.capture(arguments, settings)
         return self.captured[key]
@@ -80,22 +81,21 @@ def check_partitioned(
             ]
             mine.zero_grad()
             made = [x for _, x in tensors_in(mine(*parts))]
-        starts = [[0] * (ranks + 1) for _ in made]
-        for start, out in zip(starts, made, strict=True):
-            every: list[Any] = [None] * ranks
-            dist.all_gather_object(every, out.shape[-2] if out.ndim > 2 else 0)
-            for peer, rows in enumerate(every):
-                start[peer + 1] = start[peer] + rows
-        replicated = [ref.ndim < 3 or start[-1] != ref.shape[-2] for start, ref in zip(starts, outs, strict=True)]
-        own_factors = [
-            factor if whole_here else factor[..., start[rank] : start[rank + 1], :]
-            for factor, whole_here, start in zip(factors, replicated, starts, strict=True)
-        ]
+        every: list[Any] = [None] * ranks
+        dist.all_gather_object(every, [tuple(out.shape) for out in made])
+        dims = [sharded_dim(ref.shape, [told[at] for told in every], -2) for at, ref in enumerate(outs)]
+        replicated = [dim is None for dim in dims]
+        own_factors = []
+        for at, (factor, dim) in enumerate(zip(factors, dims, strict=True)):
+            if dim is not None:
+                start = sum(told[at][dim] for told in every[:rank])
+                factor = factor.narrow(dim, start, every[rank][at][dim])  # noqa: PLW2901
+            own_factors.append(factor)
         scales = [1 / ranks if each else 1.0 for each in replicated]  # a replicated value counts once for each rank
         loss_of(made, own_factors, differentiable, scales).backward()
         return {
             "outs": [out.detach() for out in made],
-            "replicated": replicated,
+            "dims": dims,
             "inputs": [x.grad for x in parts],
             "parameters": {name: p.grad for name, p in mine.named_parameters()},
             "buffers": {name: x.clone() for name, x in mine.named_buffers()},
@@ -106,11 +106,12 @@ def check_partitioned(
         results = run_threads(rank_main, ranks)
     for at, out in enumerate(outs):
         parts = [result["outs"][at] for result in results]
-        if results[0]["replicated"][at]:
+        dim = results[0]["dims"][at]
+        if dim is None:
             for part in parts:
                 close(part, out.detach(), f"result {at}", rtol)
         else:
-            close(torch.cat(parts, -2), out.detach(), f"result {at}", rtol)
+            close(torch.cat(parts, dim), out.detach(), f"result {at}", rtol)
     for at, x in enumerate(whole):
         grads = [result["inputs"][at] for result in results]
         if not x.requires_grad:

@@ -215,7 +215,7 @@ CASES: dict[str, Case] = {
     "linear over rows": fn(lambda x: F.linear(x.transpose(-1, -2), table(H, H), table(H)).transpose(-1, -2)),
     "contraction to a few": fn(lambda x: x * torch.einsum("bchw,hw->bc", x, table(H, W))[..., None, None]),
     "contraction of two": fn(lambda x: x * torch.einsum("bchw,bdhw->bcd", x, x.tanh()).sum(2)[..., None, None]),
-    "tensordot over rows": fn(lambda x: torch.tensordot(x, table(H, 5), ([2], [0]))),
+    "tensordot over rows": fn(lambda x: torch.tensordot(x, table(H, 5), ([2], [0])), gathers=True),
     "activations": fn(lambda x: F.hardswish(x) + F.mish(x) * F.softplus(x) + F.elu(x) + F.relu6(x) + F.logsigmoid(x)),
     "outer product": fn(lambda x: x.mean(-1)[..., None] * x.mean(-2)[..., None, :]),
     "gram of rows": fn(lambda x: x.transpose(-1, -2) @ x),

@@ -53,7 +53,7 @@ def test_with_a_shape_what_modules_cannot_is_done_by_operations(make, caplog) ->
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, ROWS, COLUMNS, dtype=torch.float64, generator=generator)
     factors = torch.randn(2, 2, ROWS, COLUMNS, dtype=torch.float64, generator=generator)
-    out, grad, grads = gradients(plain, x, factors)
+    out, grad, grads = gradients(copy.deepcopy(plain), x, factors)
 
     def rank_main(rank):
         manager = initialize_domain_parallel(3, 3)

@@ -108,8 +108,7 @@ def convert_to_domain_parallel(
     It takes seconds. :func:`credit_domain.verification.verify_domain_parallel` is the full proof.
 
     If the shape of the input is given, a model that has such a module, or a module without a rule, is partitioned
-    operation by operation instead (:func:`credit_domain.partitioner.partitioning.partition_model`). The log says so, and
-    why.
+    operation by operation instead (:func:`credit_domain.partitioner.partitioning.partition_model`). The log says why.
 
     Args:
         model: The model. Modules that are used in several places stay shared.

@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from credit_domain._torch_private import version_of
 from credit_domain.containers import mapped, tensors_in
@@ -94,12 +96,39 @@ def marked_functions() -> Iterator[list[Applied]]:
             "torch.autograd.Function with that backward instead"
         )
 
-    patches = (
+    changes = _NoChangesOfData()
+    with (
         mock.patch.object(Function, "apply", classmethod(apply)),
         mock.patch.object(Tensor, "register_hook", register_hook),
-    )
-    with patches[0], patches[1]:
+        mock.patch.object(Tensor, "data", property(changes.give, changes.refuse), create=True),
+        changes,
+    ):
         yield _calls
+
+
+class _NoChangesOfData(TorchFunctionMode):
+    """Refuses what is changed in place through ``data``: a trace would give it a gradient, or end the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: dict[int, Tensor] = {}
+
+    def give(self, x: Tensor) -> Tensor:
+        """What ``x.data`` is in a trace."""
+        data = x.detach()
+        self._given[id(data)] = data
+        return data
+
+    def refuse(self, *_: Any) -> None:
+        """Refuse a change."""
+        raise ValueError("forward changes a tensor through its data: change the tensor itself, under torch.no_grad()")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if in_place and args and id(args[0]) in self._given:
+            self.refuse()
+        return func(*args, **(kwargs or {}))
 
 
 class _Complete(Function):
@@ -111,6 +140,7 @@ class _Complete(Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return sum_over(grad.contiguous(), ctx.domain), None
 
@@ -124,6 +154,7 @@ class _Share(Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad / ctx.ranks, None
 

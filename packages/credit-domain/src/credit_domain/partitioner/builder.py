@@ -15,7 +15,7 @@ from credit_domain.engine.traffic import traffic
 from credit_domain.ops.rearranging import Repartition
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.autograd_functions import Applied
-from credit_domain.partitioner.row_layout import Rows, even, plain
+from credit_domain.partitioner.row_layout import Rows, evenly
 from credit_domain.partitioner.steps import Place, partition
 from credit_mesh import RowPartition
 
@@ -260,7 +260,7 @@ class Builder:
         if value.layout.dim not in kept:
             return value.layout
         found = self.divisible(value, kept, prefer)
-        return None if found is None else plain(found, even(value.shape[found], self.place.ranks))
+        return None if found is None else evenly(found, value.shape[found], self.place.ranks)
 
     def divisible(self, value: Value, without: Iterable[int], prefer: Sequence[int] = ()) -> int | None:
         """A dim that can be divided: one with an entry for each rank at least."""
@@ -275,4 +275,4 @@ class Builder:
         """A value's layout with rows that are a whole dim, as operators with a halo need them."""
         if value.layout is None or value.layout.outer == 1:
             return value.layout
-        return plain(value.layout.dim, even(value.shape[value.layout.dim], self.place.ranks))
+        return evenly(value.layout.dim, value.shape[value.layout.dim], self.place.ranks)

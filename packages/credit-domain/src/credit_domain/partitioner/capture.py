@@ -89,7 +89,16 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.arguments.filled(tensors)
         before = tensors_of(self.model)
+        buffers = [(buffers_of(m), name, x) for m in self.model.modules() for name, x in buffers_of(m).items()]
         out = self.model(*args, **kwargs)
+        for held, name, buffer in buffers:
+            new = held.get(name)
+            if new is buffer or buffer is None or new is None:
+                continue
+            if new.requires_grad:
+                raise ValueError(f"forward assigns a tensor with a gradient to the buffer {name}; detach() it first")
+            buffer.copy_(new)  # what is assigned becomes a change in place
+            held[name] = buffer
         if stored := [name for name, value in tensors_of(self.model).items() if before.get(name) != value]:
             logger.warning(
                 "forward of %s stores tensors in %s. A program does not: return them, to use them in a loss",
@@ -186,6 +195,8 @@ class Ghost:
             if isinstance(value, DTensor) or hasattr(type(module), parameter)
         )
         self.model = copy.deepcopy(model, memo)
+        self.dtype: torch.dtype | None = None  # of the first argument, when the model was traced first
+        self._dtypes: dict[int, dict[str, torch.dtype]] = {}
         self._harmless: set[str] = set()  # attributes that forward stores, and does not depend on
         for module in self.model.modules():
             drop_hooks(module)  # the modules themselves call them when they run
@@ -217,12 +228,28 @@ class Ghost:
             self._harmless.update(stored)
         return captured
 
+    def _cast(self, dtype: torch.dtype | None) -> None:
+        """Let parameters have the dtype of the first argument, where they had it first: FSDP2 casts both."""
+        self.dtype = self.dtype or dtype
+        with self.mode:
+            for module in self.model.modules():
+                for name, parameter in parameters_of(module).items():
+                    if parameter is None or dtype is None:
+                        continue
+                    first = self._dtypes.setdefault(id(module), {}).setdefault(name, parameter.dtype)
+                    wanted = dtype if first == self.dtype else first
+                    if parameter.dtype != wanted and wanted.is_floating_point:
+                        cast = nn.Parameter(_like(parameter).to(wanted), requires_grad=parameter.requires_grad)
+                        parameters_of(module)[name] = cast
+
     def _capture(self, arguments: Arguments, settings: Settings) -> tuple[Captured, Settings]:
         """The trace, and the attributes after a forward."""
         restore(self.model, settings)
         drawn = _drawn()
+        numbers = [x.dtype for x in arguments.tensors if x.is_floating_point()]
+        self._cast(numbers[0] if numbers else None)
         with self.mode:
-            tensors = tuple(_like(x, device_of(x)) for x in arguments.tensors)
+            tensors = tuple(_like(x, device_of(x)).requires_grad_(x.requires_grad) for x in arguments.tensors)
         results: list[Any] = []
         flat = _Flat(self.model, arguments, lambda *told: results.append(told))
         try:

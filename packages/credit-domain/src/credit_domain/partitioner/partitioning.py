@@ -24,13 +24,16 @@ from credit_domain.partitioner.capture import Arguments, Captured, Ghost, device
 from credit_domain.partitioner.module_names import module_of
 from credit_domain.partitioner.partition_report import PartitionReport
 from credit_domain.partitioner.programs import Partitioned, Program, Writer, become, scopes_of
-from credit_domain.partitioner.settings import settings_key, settings_of
+from credit_domain.partitioner.settings import classes_of, replaced, settings_key, settings_of
 from credit_domain.partitioner.steps import Place, Planned
 from credit_domain.partitioner.writing import Writing
 from credit_halo.extend import agree, has_agreed
 from credit_mesh import DomainParallelManager, RowPartition
 
 logger = logging.getLogger(__name__)
+
+
+_MANY = 16  # traces after which something may change that should not
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Partition:
         manager: Its manager.
         shard_dim: The sharded dim.
         divided: Which of its arguments have rows, by name.
+        known: The arguments that it was partitioned with.
+        classes: The classes of its modules, once it was partitioned.
+        seen: Identities of the modules that were compared with them.
         captured: What was traced, by the shapes of the whole and the modes.
         traces: The programs that were written, by all that they depend on.
         by_shape: Those for tensors as positional arguments, by their shapes here and the mode of the model.
@@ -70,6 +76,9 @@ class Partition:
     manager: DomainParallelManager
     shard_dim: int
     divided: frozenset[str]
+    known: frozenset[str]
+    classes: dict[str, type] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
     traces: dict[Any, Trace] = field(default_factory=dict)
     by_shape: dict[Any, Trace] = field(default_factory=dict)
     captured: dict[Any, Captured] = field(default_factory=dict)
@@ -84,12 +93,25 @@ class Partition:
         """Call the model on this rank's rows."""
         if torch.compiler.is_compiling():
             return self._run_compiled(model, args, kwargs)
+        self._check_modules(model)
         arguments = Arguments.bound(self.ghost.signature, args, kwargs)
         sizes = self._sizes(arguments)
         trace = self.trace(model, arguments, sizes)
         if trace.draws:
             self._agree_on_seed(arguments.tensors[0].device)
         return self._run(model, trace, arguments.tensors)
+
+    def _check_modules(self, model: nn.Module) -> None:
+        """Refuse a model whose modules have been replaced; wrappers may be added."""
+        modules = [id(module) for module in model.modules()]
+        if modules == self.seen:
+            return
+        if others := replaced(model, self.classes):
+            raise ValueError(
+                f"{type(model).__name__} was changed after it was partitioned ({', '.join(others[:8])}): partition a "
+                "new one, once its modules are those that it is to have"
+            )
+        self.seen = modules
 
     def _run_compiled(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Likewise while torch.compile traces, which cannot write a program meanwhile."""
@@ -126,6 +148,12 @@ class Partition:
 
     def _sizes(self, arguments: Arguments) -> tuple[int, ...]:
         for name, x in zip(arguments.names, arguments.tensors, strict=True):
+            if name not in self.known and x.ndim >= 3:
+                raise ValueError(
+                    f"the argument {name} of shape {tuple(x.shape)} was not among the example inputs, so it is not "
+                    "known whether its rows are divided: partition the model with all arguments of three dims or more"
+                )
+        for name, x in zip(arguments.names, arguments.tensors, strict=True):
             if name in self.divided:
                 return sizes_of(x, self.shard_dim, domain_of(self.manager), "the model's input", None, self.layer)
         raise ValueError(f"the call has none of the arguments that had rows: {', '.join(sorted(self.divided))}")
@@ -137,10 +165,13 @@ class Partition:
             ValueError: If the model cannot be traced, or an operator cannot be divided.
         """
         modes = settings_key(model)
-        shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in arguments.tensors)
-        others = repr(arguments.filled(arguments.names))
-        key = (arguments.names, shapes, others, sizes, modes)
+        shapes = tuple((tuple(x.shape), x.dtype, device_of(x), x.requires_grad) for x in arguments.tensors)
+        rest = repr(arguments.filled(arguments.names))
+        key = (arguments.names, shapes, rest, sizes, modes)
         if key not in self.traces:
+            if len(self.traces) == _MANY:
+                what = "%s has been traced %d times, for other shapes or attributes of its modules each time"
+                logger.warning(what, type(model).__name__, _MANY)
             self.traces[key] = self._traced(model, self._whole(arguments, sizes), sizes)
             if not arguments.values[1] and len(arguments.names) == len(arguments.values[0]):
                 self.by_shape[tuple(tuple(x.shape) for x in arguments.tensors), model.training] = self.traces[key]
@@ -153,7 +184,7 @@ class Partition:
             shape = list(x.shape)
             if name in self.divided:
                 shape[self.shard_dim] = partition.sizes[self.manager.domain_rank]
-            made.append(torch.empty(shape, dtype=x.dtype, device="meta"))
+            made.append(torch.empty(shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad))
             made[-1].real_device = device_of(x)  # type: ignore[attr-defined]
         return Arguments(arguments.filled(made), arguments.names)
 
@@ -164,7 +195,7 @@ class Partition:
             shape = list(x.shape)
             if name in self.divided:
                 shape[self.shard_dim] = sum(sizes)
-            made.append(torch.empty(shape, dtype=x.dtype, device="meta"))
+            made.append(torch.empty(shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad))
             made[-1].real_device = device_of(x)  # type: ignore[attr-defined]
         return Arguments(arguments.filled(made), arguments.names)
 
@@ -178,7 +209,7 @@ class Partition:
         problem = made = None
         try:
             with one_at_a_time:
-                shapes = tuple((tuple(x.shape), x.dtype, device_of(x)) for x in whole.tensors)
+                shapes = tuple((tuple(x.shape), x.dtype, device_of(x), x.requires_grad) for x in whole.tensors)
                 kind = (shapes, repr(whole.filled(whole.names)), settings_key(model))
                 if kind not in self.captured:
                     self.captured[kind] = self.ghost.capture(whole, settings)
@@ -266,7 +297,7 @@ def partition_model(
         raise ValueError(f"{type(model).__name__} is partitioned already")
     ghost = Ghost(model)
     arguments, divided, rows = whole_arguments(model, ghost, example_inputs, shard_dim)
-    partition = Partition(ghost, manager, shard_dim, divided)
+    partition = Partition(ghost, manager, shard_dim, divided, frozenset(arguments.names))
     declared = manager.partition
     if declared is None or declared.rows != rows:
         declared = RowPartition.even(rows, manager.domain_parallel_size, getattr(manager, "granularity", 1))
@@ -282,6 +313,7 @@ def partition_model(
     except BaseException:
         del model.__dict__["_partition"]
         raise
+    partition.classes = classes_of(model)
     model.__dict__["_partition_report"] = trace.report
     return model
 

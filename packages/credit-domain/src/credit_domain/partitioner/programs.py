@@ -212,8 +212,13 @@ class Partitioned:
         """The module, for a program that names it."""
         return self
 
-    def forward(self, *values: Any, program: int) -> Any:
+    def forward(self, *values: Any, program: int | None = None) -> Any:
         """Run a program on this rank's values."""
+        if program is None:
+            raise ValueError(
+                f"this {type(self).__name__} is part of a partitioned model, and runs as part of its program: call the "
+                "model itself, or partition what is to be called apart"
+            )
         return self._programs[program](self, *values)
 
 

@@ -20,11 +20,23 @@ class Rows(NamedTuple):
         dim: The dim, counted from the first.
         outer: How many times the units stand in it; each rank holds its units of each time.
         sizes: How many units each rank holds, in order.
+        own: Whether the units are those that the model's input is divided in, or what became of them; not where another
+            dim is divided for a while. Layouts that differ in it alone are equal.
     """
 
     dim: int
     outer: int
     sizes: tuple[int, ...]
+    own: bool = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and self[:3] == other[:3]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
 
     @property
     def units(self) -> int:
@@ -44,9 +56,14 @@ class Rows(NamedTuple):
         return tuple(self.size(rank) if d == self.dim else size for d, size in enumerate(whole))
 
 
-def plain(dim: int, sizes: Sequence[int]) -> Rows:
+def plain(dim: int, sizes: Sequence[int], own: bool = True) -> Rows:
     """A dim that is divided as a whole."""
-    return Rows(dim, 1, tuple(sizes))
+    return Rows(dim, 1, tuple(sizes), own)
+
+
+def evenly(dim: int, units: int, ranks: int) -> Rows:
+    """A dim that is divided for a while, as evenly as can be."""
+    return plain(dim, even(units, ranks), own=False)
 
 
 def even(units: int, ranks: int) -> tuple[int, ...]:
@@ -89,9 +106,9 @@ class Viewed(NamedTuple):
     outer: int
     inner: int
 
-    def of(self, sizes: Sequence[int]) -> Rows:
+    def of(self, sizes: Sequence[int], own: bool = True) -> Rows:
         """The layout for boundaries that are such multiples."""
-        return Rows(self.dim, self.outer, tuple(size // self.block * self.inner for size in sizes))
+        return Rows(self.dim, self.outer, tuple(size // self.block * self.inner for size in sizes), own)
 
 
 def viewed(shape: Sequence[int], rows: Rows, new: Sequence[int]) -> Viewed | None:

@@ -7,7 +7,12 @@ forward of the next call does the same whatever it finds, and refused elsewhere.
 
 from __future__ import annotations
 
+import copy
+from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,40 +24,79 @@ Settings = dict[str, dict[str, Any]]
 
 _PLAIN = frozenset((bool, int, float, complex, str, type(None)))
 _LONGEST = 64  # a list beyond that is data
+_NOTHING = object()
+_OURS = (  # of torch's modules and wrappers, and of these packages
+    *(
+        "_backward",
+        "_buffers",
+        "_ddp",
+        "_domain_parallel",
+        "_forward",
+        "_fsdp",
+        "_is_full_backward_hook",
+        "_load_state",
+    ),
+    *("_modules", "_non_persistent", "_parameters", "_partition", "_programs", "_state_dict", "_tp_", "_version"),
+)
 
 
 def settings_of(model: nn.Module) -> Settings:
-    """The plain attributes of all modules, without those whose name says that they are private."""
-    return {plain_name(name): dict(_of(module)) for name, module in model.named_modules()}
+    """The plain attributes of all modules."""
+    return {
+        plain_name(name): {attribute: copy.deepcopy(value) for attribute, value, _ in _of(module)}
+        for name, module in model.named_modules()
+    }
 
 
 def settings_key(model: nn.Module) -> tuple[Any, ...]:
     """The same, as a key; the order of the modules tells them apart."""
-    return tuple([tuple(_of(module)) for module in model.modules()])
+    return tuple([tuple([(attribute, key) for attribute, _, key in _of(m)]) for m in model.modules()])
 
 
-def _of(module: nn.Module) -> list[tuple[str, Any]]:
+def _of(module: nn.Module) -> list[tuple[str, Any, Any]]:
     found = []
     for name, value in vars(module).items():
-        kind = type(value)
-        if kind in _PLAIN:
-            if name[0] != "_":
-                found.append((name, value))
-        elif (kind is tuple or kind is list) and name[0] != "_" and _is_plain_list(value):
-            found.append((name, tuple(value)))
+        if name[0] == "_" and name.startswith(_OURS):
+            continue
+        key = value if type(value) in _PLAIN else _frozen(value)
+        if key is not _NOTHING:
+            found.append((name, value, key))
     return found
 
 
-def _is_plain_list(values: Any) -> bool:
-    return len(values) <= _LONGEST and all(type(value) in _PLAIN for value in values)
+def _frozen(value: Any) -> Any:
+    """A plain value as one that has a hash: numbers, texts, and short containers of them; nothing of any other."""
+    if type(value) in _PLAIN or isinstance(value, Enum):
+        return value
+    if type(value).__module__ == "numpy":
+        known = 0 < getattr(value, "size", 0) <= _LONGEST
+        return (str(value.dtype), value.shape, value.tobytes()) if known else _NOTHING
+    items = _items(value)
+    if items is None or len(items) > _LONGEST:
+        return _NOTHING
+    made = [(str(key), _frozen(item)) for key, item in items]
+    return _NOTHING if any(item is _NOTHING for _, item in made) else (type(value).__name__, *made)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container of settings holds; None of anything else."""
+    if isinstance(value, (Namespace, SimpleNamespace)):
+        return list(vars(value).items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(each.name, getattr(value, each.name, None)) for each in fields(value)]
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if isinstance(value, (set, frozenset)):
+        return list(enumerate(sorted(value, key=repr)))
+    return None
 
 
 def restore(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the modules of a model these attributes, where they have such."""
+    """Give the modules of a model these attributes."""
     for name, module in model.named_modules():
-        for attribute, value in settings.get(plain_name(name), {}).items():
-            if attribute in (own := vars(module)):
-                own[attribute] = list(value) if isinstance(own[attribute], list) else value
+        vars(module).update(copy.deepcopy(dict(settings.get(plain_name(name), {}))))
 
 
 def tensors_of(model: nn.Module) -> dict[str, int]:
@@ -70,6 +114,19 @@ def changed(before: Settings, after: Settings) -> list[str]:
     found = []
     for name, values in after.items():
         for attribute, value in values.items():
-            if before.get(name, {}).get(attribute, ...) != value:
+            known = before.get(name, {}).get(attribute, _NOTHING)
+            if known is _NOTHING or _frozen(known) != _frozen(value):
                 found.append(f"{name}.{attribute}" if name else attribute)
     return found
+
+
+def classes_of(model: nn.Module) -> dict[str, type]:
+    """The classes of the modules, by name; of a wrapper and what it wraps, that of the wrapped module."""
+    return {plain_name(name): type(module) for name, module in model.named_modules()}
+
+
+def replaced(model: nn.Module, classes: Mapping[str, type]) -> list[str]:
+    """Names of the modules that are other ones than when their classes were noted, or are gone, or are new."""
+    now = classes_of(model)
+    kept = {name for name, kind in classes.items() if name in now and issubclass(now[name], kind)}
+    return sorted((classes.keys() | now.keys()) - kept)

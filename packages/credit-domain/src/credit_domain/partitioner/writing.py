@@ -104,17 +104,20 @@ class Writing:
             ) from error
 
     def _result(self, b: Builder, value: Value) -> fx.Node:
-        """How a result is given back: its rows, where it has them."""
-        layout, ndim = value.layout, value.ndim
-        dim = self.shard_dim % ndim if ndim >= 3 else None
-        rows = sum(self.sizes)
-        if dim is None:
+        """How a result is given back: this rank's rows of it, wherever the model has put them; or whole."""
+        layout, ndim, rows = value.layout, value.ndim, sum(self.sizes)
+        if ndim < 3:
             return b.at(value, None)
+        if layout is not None and layout.own and layout.outer == 1:
+            return b.at(value, layout._replace(sizes=self.sizes) if layout.units == rows else layout)
+        dim = self.shard_dim % ndim
         if value.shape[dim] == rows:
             return b.at(value, plain(dim, self.sizes))
-        if layout is None or (layout.dim == dim and layout.outer == 1):
-            return b.at(value, layout)
-        return b.at(value, plain(dim, scaled(self.sizes, value.shape[dim])))
+        # A field on a grid of other rows, as a product with a matrix makes it, has the columns of the first argument.
+        first = next(n for n, name in zip(self.captured.inputs, self.names, strict=True) if name in self.divided)
+        like = tuple(first.meta["val"].shape)
+        on_a_grid = layout is not None and ndim == len(like) and value.shape[dim + 1 :] == like[dim + 1 :]
+        return b.at(value, plain(dim, scaled(self.sizes, value.shape[dim])) if on_a_grid else None)
 
     def _constant(self, node: fx.Node) -> Tensor | None:
         """The value of a node that follows from constants alone."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -142,3 +142,16 @@ def _numbers(x: Tensor) -> Tensor:
 
 def _scale(whole: Tensor) -> float:
     return float(whole.abs().max()) or 1.0 if whole.numel() else 1.0
+
+
+def unlike_buffers(whole: nn.Module, shard: nn.Module, tolerance: float) -> list[str]:
+    """Names of the buffers of numbers that differ after a forward; those of other shapes hold a part, and may."""
+    found = dict(shard.named_buffers())
+    return [
+        name
+        for name, buffer in whole.named_buffers()
+        if is_number(buffer)
+        and name in found
+        and found[name].shape == buffer.shape
+        and not near(buffer, found[name], tolerance, buffer, None)
+    ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from credit_domain.containers import mapped, tensors_in
-from credit_domain.verification.compare import has_rows, near, own_factors, part_of
+from credit_domain.verification.compare import has_rows, near, own_factors, part_of, unlike_buffers
 from credit_domain.verification.events import Events, unlike_shapes
 from credit_domain.verification.first_call import FirstCall
 from credit_domain.verification.ghost import Ghost, Switches, Twins, switches_of
@@ -207,6 +207,7 @@ class Trial:
                     wrong.add("output")
         except LookupError:
             wrong |= {"output", "shape"}
+        wrong |= {f"buffer:{name}" for name in unlike_buffers(whole.model, sharded.model, tolerance)}
         if not any(self._told(bool(wrong))):
             whole.backward(factors, _projection)
             sharded.backward(mine, _projection)  # of the same weights: the gradients of the whole are read by now
@@ -242,7 +243,12 @@ class Trial:
         told = self._told((sharded.recorder.to_cpu(), outputs))
         recorders = [recorder for recorder, _ in told]
         events = Events(whole.recorder.to_cpu(), recorders, self._shard_dim, tolerance)
-        if "output" not in wrong:
+        buffers = sorted(item.partition(":")[2] for item in wrong if item.startswith("buffer:"))
+        if "output" not in wrong and buffers:
+            owner, _, name = buffers[0].rpartition(".")
+            what = f"its buffer {name} has other values after a forward"
+            found = Difference("forward", owner, whole.recorder.kind_of(owner), what)
+        elif "output" not in wrong:
             names = [item.partition(":")[2] for item in wrong if item.startswith("parameter:")]
             found = events.first_backward_difference(dict.fromkeys(names, 1.0))
         elif (first := events.first_difference()) is not None:

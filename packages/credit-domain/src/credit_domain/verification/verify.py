@@ -19,7 +19,14 @@ from credit_domain.model.granularity import granularity_of
 from credit_domain.model.trace import arguments_of, is_shape, plain_copy, rows_of
 from credit_domain.partitioner.partitioning import partition_model
 from credit_domain.sharding import shard_tensor
-from credit_domain.verification.compare import compare, compare_whole, has_rows, is_number, own_factors
+from credit_domain.verification.compare import (
+    compare,
+    compare_whole,
+    has_rows,
+    is_number,
+    own_factors,
+    unlike_buffers,
+)
 from credit_domain.verification.events import Events, unlike_shapes
 from credit_domain.verification.record import FIXED_NOISE, without_dropout
 from credit_domain.verification.report import Difference, VerificationReport
@@ -271,6 +278,11 @@ def _compared(
     if any(not value <= tolerance for value in outputs.values()):
         return events.first_difference() or unlike_shapes(whole.outputs, [run.outputs for run in runs])
 
+    buffers = sorted({name for run in runs for name in unlike_buffers(whole.model, run.model, tolerance)})
+    if buffers:
+        owner, _, name = buffers[0].rpartition(".")
+        what = f"its buffer {name} has other values after a forward"
+        return Difference("forward", owner, events.kind_of(owner), what)
     for name, value in whole.inputs.items():
         if value.grad is None:
             continue

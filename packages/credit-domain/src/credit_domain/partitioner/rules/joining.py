@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from credit_domain.ops.rearranging import Regroup
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.row_layout import Rows, kept, plain
+from credit_domain.partitioner.row_layout import Rows, kept
 from credit_domain.partitioner.rules.pointwise import aligned, common
 from credit_domain.partitioner.rules.table import replicated, rule
 from credit_domain.partitioner.steps import named, partition
@@ -48,7 +48,7 @@ def _cat_rows(b: Builder, values: Sequence[Value], dim: int) -> Value:
         needs = [range(min(max(a - start, 0), rows), min(max(z - start, 0), rows)) for a, z in pairwise(ends)]
         start += rows
         pieces.append(_part(b, value, dim, needs))
-    return b.value(b.emit(aten.cat.default, pieces, dim), plain(dim, sizes))
+    return b.value(b.emit(aten.cat.default, pieces, dim), largest.layout._replace(dim=dim, outer=1, sizes=sizes))
 
 
 def _part(b: Builder, value: Value, dim: int, needs: Sequence[range]) -> Any:
@@ -122,7 +122,7 @@ def _layout_for(b: Builder, x: Value, source: Value, dim: int) -> Rows | None:
     if rows.dim == dim:
         if rows.outer > 1 or x.shape[dim] < source.shape[dim]:
             return None
-        return plain(dim, kept(rows.sizes, x.shape[dim]))
+        return rows._replace(sizes=kept(rows.sizes, x.shape[dim]))
     return rows
 
 

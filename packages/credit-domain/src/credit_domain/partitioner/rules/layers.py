@@ -18,7 +18,7 @@ from credit_domain.ops.interpolation.taps import HALF, PICKS
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows
 from credit_domain.ops.pooling.pooling import Windows
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.row_layout import Rows, in_blocks, plain
+from credit_domain.partitioner.row_layout import Rows, in_blocks
 from credit_domain.partitioner.rules.table import local, nodes, replicated, results, rule, whole
 from credit_domain.partitioner.steps import named, partition
 from credit_mesh import RowPartition
@@ -79,7 +79,7 @@ def conv(b: Builder, x: Value, weight: Value, bias: Value | None = None, *args: 
     b.brings("halo", x, footprint)
     step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers, **where), f"conv{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
-    return b.value(node, plain(layout.dim, footprint.target.sizes))
+    return b.value(node, layout._replace(sizes=footprint.target.sizes))
 
 
 @rule("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
@@ -101,7 +101,7 @@ def conv_transpose(b: Builder, x: Value, weight: Value, bias: Value | None = Non
     numbers_of = (stride, padding, more, int(groups), dilation)
     step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers_of, **where), f"conv_transpose{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
-    return b.value(node, plain(layout.dim, footprint.target.sizes))
+    return b.value(node, layout._replace(sizes=footprint.target.sizes))
 
 
 # Pooling
@@ -120,7 +120,7 @@ def _pooled(b: Builder, x: Value, nd: int, fn: Callable[..., Any], pool: Sequenc
     b.brings("halo", x, footprint)
     step = named(lambda x: how(fn, x, kernel, stride, padding, dilation, ceil, where), fn.__name__)
     node = b.emit(step, b.at(x, layout))
-    return results(b, node, plain(layout.dim, footprint.target.sizes))
+    return results(b, node, layout._replace(sizes=footprint.target.sizes))
 
 
 @rule(
@@ -196,7 +196,7 @@ def adaptive_pool(b: Builder, x: Value, size: Any) -> Any:
         return results(b, node, None)
     footprint = footprint_for(AdaptiveWindows, (sizes[at],), layout.sizes)
     b.brings("halo", x, footprint)
-    return results(b, node, plain(layout.dim, footprint.target.sizes))
+    return results(b, node, layout._replace(sizes=footprint.target.sizes))
 
 
 # Resampling
@@ -243,7 +243,7 @@ def interpolate(b: Builder, x: Value, size: Any, *args: Any) -> Any:
     def resample(x: Tensor) -> Tensor:
         return F.interpolate(x, given, factors, mode, corners, None, antialias, target=target, **where)
 
-    return b.value(b.emit(named(resample, "interpolate"), b.at(x, layout)), plain(layout.dim, target.sizes))
+    return b.value(b.emit(named(resample, "interpolate"), b.at(x, layout)), layout._replace(sizes=target.sizes))
 
 
 @rule("channel_shuffle")
@@ -259,10 +259,10 @@ def shuffle(b: Builder, x: Value, factor: int) -> Any:
     layout, divided = _over_space(b, x, 2)
     out = layout
     if divided and b.node.target is aten.pixel_shuffle.default:
-        out = plain(layout.dim, [size * factor for size in layout.sizes])
+        out = layout._replace(sizes=tuple(size * factor for size in layout.sizes))
     elif divided:
         layout = layout._replace(sizes=in_blocks(layout.sizes, factor))
-        out = plain(layout.dim, [size // factor for size in layout.sizes])
+        out = layout._replace(sizes=tuple(size // factor for size in layout.sizes))
     if layout is None or layout.sizes[b.place.rank]:
         return local(b, out, b.at(x, layout), factor)
     # Torch's own returns no rows in the shape that they came in.

@@ -15,7 +15,7 @@ from credit_domain.ops.padding.padding import Padding
 from credit_domain.ops.rearranging import Flip, Regroup, Roll
 from credit_domain.partitioner import steps
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.row_layout import even, kept, plain
+from credit_domain.partitioner.row_layout import even, evenly, kept
 from credit_domain.partitioner.rules.pointwise import aligned
 from credit_domain.partitioner.rules.products import sum_step
 from credit_domain.partitioner.rules.table import local, replicated, rule, whole
@@ -57,7 +57,7 @@ def taken(b: Builder, x: Value, rows: Sequence[int], like: Any = None) -> Value:
         sizes = even(len(rows), b.place.ranks)
     ends = [0, *accumulate(sizes)]
     needs = [rows[a:z] if isinstance(rows, range) else tuple(rows[a:z]) for a, z in pairwise(ends)]
-    out = plain(layout.dim, sizes)
+    out = layout._replace(sizes=tuple(sizes))
     b.brings("take", x, Regroup(tuple(needs)).footprint(partition(layout.sizes)))
     return b.value(b.emit(steps.taken(layout, needs, b.place, b.label, "take_rows"), b.at(x, layout)), out, like)
 
@@ -148,7 +148,7 @@ def pad(b: Builder, x: Value, amounts: Sequence[int], mode: str = "constant", va
     where = {"dim": dim, "partition": partition(layout.sizes), "manager": b.place.manager, "label": b.label}
     b.brings("halo", x, footprint)
     step = named(lambda x: F.pad(x, amounts, mode, value, **where), "pad")
-    return b.value(b.emit(step, b.at(x, layout)), plain(layout.dim, out.sizes))
+    return b.value(b.emit(step, b.at(x, layout)), layout._replace(sizes=out.sizes))
 
 
 @rule("constant_pad_nd")
@@ -228,5 +228,5 @@ def add_at(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Any:
     total = b.value(b.emit(sum_step(b), node), None)
     if shape[dim] < b.place.ranks:
         return b.value(b.emit(aten.add.Tensor, b.at(x, None), b.at(total, None)), None)
-    rows = x.layout if x.layout is not None and x.fill is None else plain(dim, even(shape[dim], b.place.ranks))
+    rows = x.layout if x.layout is not None and x.fill is None else evenly(dim, shape[dim], b.place.ranks)
     return b.value(b.emit(aten.add.Tensor, b.at(x, rows), b.at(total, rows)), rows)

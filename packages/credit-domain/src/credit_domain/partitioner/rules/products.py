@@ -16,7 +16,7 @@ from torch import fx
 
 from credit_domain.engine.ranks import domain_of, sum_over
 from credit_domain.partitioner.builder import Builder, Layout, Value
-from credit_domain.partitioner.row_layout import even, plain
+from credit_domain.partitioner.row_layout import evenly
 from credit_domain.partitioner.rules.pointwise import aligned
 from credit_domain.partitioner.rules.random import drop
 from credit_domain.partitioner.rules.table import local, replicated, rule, whole
@@ -54,7 +54,7 @@ def contraction(
         return emit(*[b.at(v, None) for v in operands]), None
     value, word, letter = max(divided, key=lambda each: math.prod(each[0].shape))
     assert value.layout is not None
-    outer, parts = value.layout.outer, value.layout.sizes
+    rows = value.layout
     others = {each[2] for each in divided} - {letter}
     shared = [c for c in out if all(c in w for w, v in zip(letters, operands, strict=True) if v.layout is not None)]
     summed = letter not in out
@@ -64,12 +64,12 @@ def contraction(
         small = summed and math.prod(sizes[c] for c in out) * b.place.ranks <= math.prod(value.shape)
         if found and not small:
             letter = max(found, key=lambda c: (sizes[c] % b.place.ranks == 0, c in word, sizes[c]))
-            outer, parts, summed = 1, even(sizes[letter], b.place.ranks), False
+            rows, summed = evenly(0, sizes[letter], b.place.ranks), False
     nodes = []
     for v, w in zip(operands, letters, strict=True):
-        nodes.append(b.at(v, plain(w.index(letter), parts)._replace(outer=outer) if letter in w else None))
+        nodes.append(b.at(v, rows._replace(dim=w.index(letter)) if letter in w else None))
     if not summed:
-        return emit(*nodes), plain(out.index(letter), parts)._replace(outer=outer)
+        return emit(*nodes), rows._replace(dim=out.index(letter))
     b.sums(2 * math.prod(sizes[c] for c in out) * value.dtype.itemsize)
     return b.emit(sum_step(b), emit(*nodes)), None
 
@@ -250,7 +250,7 @@ def attention(
         can = [d for d in batch if same(d) and b.meta.shape[d] >= b.place.ranks]
         if can:
             best = max(can, key=lambda d: (b.meta.shape[d] % b.place.ranks == 0, d, b.meta.shape[d]))
-            rows = plain(best + ndim, even(int(b.meta.shape[best]), b.place.ranks))
+            rows = evenly(best + ndim, int(b.meta.shape[best]), b.place.ranks)
     if rows is not None:
         nodes = [b.at(each, rows._replace(dim=rows.dim - ndim + each.ndim)) for each in (q, k, v)]
         masked = None if mask is None else aligned(b, mask, rows, ndim)

@@ -46,8 +46,10 @@ def unfold(b: Builder, x: Value, kernel: Pair, dilation: Pair, padding: Pair, st
         return rows.flatten(-2).repeat_interleave(kernel[0] * kernel[1], -2)  # no patch of as many entries
 
     b.brings("halo", x, footprint)
-    sizes = [size * columns for size in target.sizes]
-    return b.value(b.emit(named(unfold_rows, "unfold"), b.at(x, layout)), plain(b.meta.ndim - 1, sizes))
+    sizes = tuple(size * columns for size in target.sizes)
+    return b.value(
+        b.emit(named(unfold_rows, "unfold"), b.at(x, layout)), layout._replace(dim=b.meta.ndim - 1, sizes=sizes)
+    )
 
 
 @rule("col2im")
@@ -85,7 +87,7 @@ def fold(b: Builder, x: Value, size: Pair, kernel: Pair, dilation: Pair, padding
 
     b.brings("halo", x, footprint)
     node = b.emit(named(fold_rows, "fold"), b.at(x, layout))
-    return b.value(node, plain(b.meta.ndim - 2, footprint.target.sizes))
+    return b.value(node, layout._replace(dim=b.meta.ndim - 2, sizes=footprint.target.sizes))
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.row_layout import even, in_blocks, plain, viewed
+from credit_domain.partitioner.row_layout import evenly, in_blocks, viewed
 from credit_domain.partitioner.rules.table import local, replicated, rule
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def view(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Any:
         for dim in sorted(range(x.ndim), key=lambda d: -x.shape[d]):
             if dim == rows.dim or x.shape[dim] < b.place.ranks:
                 continue
-            rows = plain(dim, even(x.shape[dim], b.place.ranks))
+            rows = evenly(dim, x.shape[dim], b.place.ranks)
             found = viewed(x.shape, rows, new)
             if found is not None:
                 break
@@ -37,7 +37,7 @@ def view(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Any:
         block = Fraction(found.block * sum(b.declared), rows.units)
         b.blocks.add(block.numerator)
         rows = rows._replace(sizes=in_blocks(rows.sizes, found.block))
-    out = found.of(rows.sizes)
+    out = found.of(rows.sizes, rows.own)
     node = b.emit(aten.reshape.default, b.at(x, rows), list(out.shape(new, b.place.rank)))
     return b.value(node, out)
 
