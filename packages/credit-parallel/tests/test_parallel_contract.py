@@ -299,7 +299,7 @@ def test_noise_does_not_depend_on_the_layout(sizes: tuple[int, ...]) -> None:
 def test_noise_from_other_seeds_is_refused_on_all_ranks() -> None:
     def rank_main(rank: int) -> None:
         manager = initialize_domain_parallel(3, 3)
-        with pytest.raises(ValueError, match=r"global_noise: on rank 0 no partition is declared"):
+        with pytest.raises(ValueError, match=r"global_noise: on every rank no partition is declared"):
             global_noise((2, 9, 4), generator=torch.Generator().manual_seed(0))
         manager.declare(9)
         with pytest.raises(ValueError, match=r"global_noise: the ranks disagree.*rank 2: noise of shape .* seed 2"):

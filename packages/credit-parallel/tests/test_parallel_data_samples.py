@@ -307,7 +307,7 @@ def test_other_mistakes_are_refused_on_all_ranks():
                 raise OSError("the disk is gone")
             return super().read(times, rows)
 
-    refused_on_ranks("on rank 1 OSError: the disk is gone; on rank 3 OSError", Broken(given_source().fields))
+    refused_on_ranks("on ranks 1, 3 OSError: the disk is gone", Broken(given_source().fields))
 
 
 def test_statistics_to_json_and_back():

@@ -80,7 +80,7 @@ def test_every_layout_has_the_losses_of_one_rank(ranks, parallelism, alone, tmp_
 
 
 def test_a_training_goes_on_on_another_layout(tmp_path) -> None:
-    """Without dropout, whose masks are drawn anew there."""
+    """Without dropout, whose masks are drawn anew there; then in bfloat16, to which FSDP2 casts the parameters too."""
 
     def conf(folder: str, **parallelism: object) -> dict[str, object]:
         made = conf_of(tmp_path / folder, **parallelism)
@@ -88,6 +88,10 @@ def test_a_training_goes_on_on_another_layout(tmp_path) -> None:
         return made
 
     trained(0, conf("alone"))
+    narrow = conf("narrow", data="fsdp2", domain=2)
+    narrow["trainer"].update(dtype="float32", amp=True)
+    assert all(run_processes(trained, 4, narrow, timeout=300))
+    assert losses(tmp_path / "narrow") == pytest.approx(losses(tmp_path / "alone"), rel=3e-2)
     assert all(run_processes(trained, 3, conf("moved", domain=3), 2, timeout=300))
     assert 2 <= len(losses(tmp_path / "moved")) < 4
     assert all(run_processes(trained, 4, conf("moved", data="fsdp2", domain=2), timeout=300))

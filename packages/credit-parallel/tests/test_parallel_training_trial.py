@@ -1,4 +1,4 @@
-"""A model whose own code mixes rows is refused by `train` before the first step."""
+"""A model whose own code mixes rows is partitioned by `train`, or refused before the first step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from credit_halo.testing import RankError, run_processes
 from credit_parallel.app.config import RunConfig
 from credit_parallel.app.training import check
 from credit_parallel.app.training.experiment import prepare
+from credit_parallel.domain import is_partitioned
 
 
 class PoolByHand(nn.Module):
@@ -24,16 +25,18 @@ class PoolByHand(nn.Module):
         return y - y.mean((-2, -1), keepdim=True)
 
 
-def prepared(rank: int, trial: bool, folder: Path) -> str:
-    trainer = {"steps": 1, "trial": trial, "parallelism": {"data": "none", "domain": 2}}
+def prepared(rank: int, trial: bool, folder: Path, partition: str = "auto") -> bool:
+    """Whether it is partitioned operation by operation."""
+    trainer = {"steps": 1, "trial": trial, "parallelism": {"data": "none", "domain": 2, "partition": partition}}
     options = {"height": 12, "width": 16}
     model = {"name": f"{__name__}:PoolByHand"}
     config = {"folder": str(folder), "data": {"options": options}, "model": model, "trainer": trainer}
     experiment = prepare(check(RunConfig.from_dict(config), 2), torch.device("cpu"))
-    return type(experiment.context.model).__name__
+    return is_partitioned(experiment.context.model)
 
 
-def test_it_is_refused_before_the_first_step_unless_that_is_switched_off(tmp_path: Path) -> None:
+def test_it_is_partitioned_or_refused_before_the_first_step_unless_that_is_switched_off(tmp_path: Path) -> None:
+    assert run_processes(prepared, 2, True, tmp_path) == [True] * 2
     with pytest.raises(RankError, match=r"the model itself \(PoolByHand\)"):
-        run_processes(prepared, 2, True, tmp_path)
-    assert run_processes(prepared, 2, False, tmp_path) == ["PoolByHand"] * 2
+        run_processes(prepared, 2, True, tmp_path, "modules")
+    assert run_processes(prepared, 2, False, tmp_path) == [False] * 2

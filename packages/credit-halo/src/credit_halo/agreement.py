@@ -97,7 +97,9 @@ def _difference(what: str, texts: list[tuple[str | None, str]]) -> str:
             by_problem.setdefault(problem, []).append(rank)
     if by_problem:
         where = {
-            problem: "every rank" if 1 < len(ranks) == len(texts) else f"rank {', '.join(map(str, ranks))}"
+            problem: "every rank"
+            if 1 < len(ranks) == len(texts)
+            else f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
             for problem, ranks in by_problem.items()
         }
         return f"{what}: {'; '.join(f'on {ranks} {problem}' for problem, ranks in where.items())}"
