@@ -99,6 +99,19 @@ class InPlace(nn.Module):
         return Dirty.apply(x + 1)
 
 
+class Remembers(nn.Module):
+    """Adds what it has stored before."""
+
+    def __init__(self, before: Tensor | None) -> None:
+        super().__init__()
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x if self.before is None else x + self.before
+        self.before = x.detach().mean(-2, keepdim=True)
+        return out
+
+
 class Data(nn.Module):
     """Changes a parameter through ``data``, whose values it also reads there, which is allowed."""
 
@@ -139,11 +152,13 @@ class Counts(nn.Module):
         (Hooked(), r"registers a hook on the gradient of a tensor.*torch.autograd.Function"),
         (InPlace(), "Dirty changes its input in place"),
         (Counts(), "changes calls, and what it does depends on that"),
+        (Remembers(None), "changes before, and what it does depends on that"),
+        (Remembers(torch.ones(1, 3, 1, 4)), "changes before, and what it does depends on that"),
         (Data(), "changes a tensor through its data"),
         (Lucky(random.random), "draws random numbers with random, which"),
         (Lucky(lambda: float(numpy.random.rand())), r"draws random numbers with numpy\.random, which"),
     ],
-    ids=["hook", "in place", "counter", "data", "random", "numpy"],
+    ids=["hook", "in place", "counter", "state", "another state", "data", "random", "numpy"],
 )
 def test_what_no_program_can_keep_is_refused(model: nn.Module, message: str) -> None:
     def rank_main(rank: int) -> None:

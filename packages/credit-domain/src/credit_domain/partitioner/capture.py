@@ -13,7 +13,8 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +78,14 @@ class Arguments:
         return filled
 
 
+Stored = dict[tuple[str, str], Tensor]
+"""Tensors that a forward stores in attributes, by module and attribute."""
+
+
 class _Flat(nn.Module):
     """A model that takes tensors alone, and returns tensors alone."""
 
-    def __init__(self, model: nn.Module, arguments: Arguments, tell: Callable[[Any, Settings], None]) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments, tell: Callable[[Any, Settings, Stored], None]) -> None:
         super().__init__()
         self.model = model
         self.arguments = arguments
@@ -99,14 +104,10 @@ class _Flat(nn.Module):
                 raise ValueError(f"forward assigns a tensor with a gradient to the buffer {name}; detach() it first")
             buffer.copy_(new)  # what is assigned becomes a change in place
             held[name] = buffer
-        if stored := [name for name, value in tensors_of(self.model).items() if before.get(name) != value]:
-            logger.warning(
-                "forward of %s stores tensors in %s. A program does not: return them, to use them in a loss",
-                *(type(self.model).__name__, ", ".join(stored[:8])),
-            )
+        stored = {at: value for at, value in tensors_of(self.model).items() if before.get(at) is not value}
         places: list[Tensor] = []
         place: Any = lambda _, x: _Place(places, x)  # noqa: E731
-        self.tell(mapped(out, place), settings_of(self.model))  # attributes are put back after the trace
+        self.tell(mapped(out, place), settings_of(self.model), stored)  # attributes are put back after the trace
         return tuple(places)
 
 
@@ -216,17 +217,40 @@ class Ghost:
         Raises:
             ValueError: If it cannot be traced, with what torch says; if forward depends on what it stores itself.
         """
-        captured, after = self._capture(arguments, settings)
+        captured, after, tensors = self._capture(arguments, settings)
         stored = [name for name in changed(settings_of(self.model), after) if name not in self._harmless]
-        if stored:
-            again, _ = self._capture(arguments, after)
-            if str(again.graph) != str(captured.graph):
+        kept = [".".join(filter(None, at)) for at in tensors]
+        if stored or set(kept) - self._harmless:
+            with self._holding(tensors):
+                again, _, _ = self._capture(arguments, after)
+            held = set(captured.held.values())
+            if str(again.graph) != str(captured.graph) or held.intersection(kept):
                 raise ValueError(
-                    f"forward of {type(self.model).__name__} changes {', '.join(stored[:8])}, and what it does depends "
-                    "on that: each call would be another program. Change such an attribute outside of forward"
+                    f"forward of {type(self.model).__name__} changes {', '.join([*stored, *kept][:8])}, and what it "
+                    "does depends on that: each call would be another program. Change such an attribute outside of forward, "
+                    "or make it a buffer"
                 )
-            self._harmless.update(stored)
+            if kept:
+                logger.warning(
+                    "forward of %s stores tensors in %s. A program does not: return them, to use them in a loss",
+                    *(type(self.model).__name__, ", ".join(kept[:8])),
+                )
+            self._harmless.update(stored, kept)
         return captured
+
+    @contextmanager
+    def _holding(self, tensors: Stored) -> Iterator[None]:
+        """While this lasts, modules hold stand-ins for tensors that forward has stored."""
+        modules = {plain_name(name): module for name, module in self.model.named_modules()}
+        before = [(vars(modules[name]), attribute, vars(modules[name]).get(attribute)) for name, attribute in tensors]
+        with self.mode:
+            for (name, attribute), value in tensors.items():
+                vars(modules[name])[attribute] = _like(value)
+        try:
+            yield
+        finally:
+            for held, attribute, value in before:
+                held[attribute] = value
 
     def _cast(self, dtype: torch.dtype | None) -> None:
         """Let parameters have the dtype of the first argument, where they had it first: FSDP2 casts both."""
@@ -242,8 +266,8 @@ class Ghost:
                         cast = nn.Parameter(_like(parameter).to(wanted), requires_grad=parameter.requires_grad)
                         parameters_of(module)[name] = cast
 
-    def _capture(self, arguments: Arguments, settings: Settings) -> tuple[Captured, Settings]:
-        """The trace, and the attributes after a forward."""
+    def _capture(self, arguments: Arguments, settings: Settings) -> tuple[Captured, Settings, Stored]:
+        """The trace, the attributes after a forward, and the tensors that it stored in some."""
         restore(self.model, settings)
         drawn = _drawn()
         numbers = [x.dtype for x in arguments.tensors if x.is_floating_point()]
@@ -266,8 +290,8 @@ class Ghost:
                             f"forward draws random numbers with {' and '.join(drew)}, which a program would keep: draw "
                             "them with torch, or outside of forward and pass them"
                         )
-                    result, after = results[-1]
-                    return _read(exported, result, checkpoints, tuple(functions)), after
+                    result, after, stored = results[-1]
+                    return _read(exported, result, checkpoints, tuple(functions)), after, stored
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {_short(error)}"

@@ -99,10 +99,10 @@ def restore(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None
         vars(module).update(copy.deepcopy(dict(settings.get(plain_name(name), {}))))
 
 
-def tensors_of(model: nn.Module) -> dict[str, int]:
-    """The tensors that are attributes of modules, and neither parameters nor buffers: their identities by name."""
+def tensors_of(model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """The tensors that are attributes of modules, and neither parameters nor buffers, by module and attribute."""
     return {
-        f"{plain_name(name)}.{attribute}".removeprefix("."): id(value)
+        (plain_name(name), attribute): value
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
         if isinstance(value, Tensor)
