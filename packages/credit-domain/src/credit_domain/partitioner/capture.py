@@ -227,8 +227,8 @@ class Ghost:
             if str(again.graph) != str(captured.graph) or held.intersection(kept):
                 raise ValueError(
                     f"forward of {type(self.model).__name__} changes {', '.join([*stored, *kept][:8])}, and what it "
-                    "does depends on that: each call would be another program. Change such an attribute outside of forward, "
-                    "or make it a buffer"
+                    "does depends on that: each call would be another program. Change such an attribute outside of "
+                    "forward, or make it a buffer"
                 )
             if kept:
                 logger.warning(
