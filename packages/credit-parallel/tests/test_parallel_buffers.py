@@ -100,7 +100,9 @@ def losses_of(domain, data):
     """Losses of three steps of two replicas, and the buffers of every rank."""
 
     def rank_main(rank):
-        context = parallelize(Counting(), {"trainer": {"parallelism": {"data": data, "domain": domain}}})
+        # Its buffer sums this rank's rows, as a trial would say.
+        conf = {"trainer": {"parallelism": {"data": data, "domain": domain}}}
+        context = parallelize(Counting(), conf, check=False)
         optimizer = torch.optim.SGD(context.model.parameters(), 1e-3)
         dict(context.model.named_modules())["module" if data == "ddp" else ""].rows.fill_(rank % domain)
         found = []

@@ -87,6 +87,7 @@ KEYS = {
     "trainer.parallelism.data": choice("fsdp2", "ddp", "none"),
     "trainer.parallelism.tensor": COUNT,
     "trainer.parallelism.domain": COUNT,
+    "trainer.parallelism.partition": choice("auto", "modules", "graph"),
     "trainer.steps": COUNT,
     "trainer.epochs": (st.none(), lambda value: value is None),  # beside steps
     "trainer.max_grad_norm": NORM,
@@ -252,4 +253,4 @@ def test_the_words_for_choices_are_the_choices():
                     words = [*option["enum"], *(["null"] if {"type": "null"} in options else [])]
                     assert about["title"] == "one of " + ", ".join(words)
                     seen += 1
-    assert seen == 4
+    assert seen == 5

@@ -25,19 +25,8 @@ Settings = dict[str, dict[str, Any]]
 _PLAIN = frozenset((bool, int, float, complex, str, type(None)))
 _LONGEST = 64  # a list beyond that is data
 _NOTHING = object()
-_OURS = (  # of torch's modules and wrappers, and of these packages
-    *(
-        "_backward",
-        "_buffers",
-        "_ddp",
-        "_domain_parallel",
-        "_forward",
-        "_fsdp",
-        "_is_full_backward_hook",
-        "_load_state",
-    ),
-    *("_modules", "_non_persistent", "_parameters", "_partition", "_programs", "_state_dict", "_tp_", "_version"),
-)
+_OURS = ("_ddp", "_domain_parallel", "_fsdp", "_partition", "_programs", "_tp_")  # and of torch's wrappers
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
 
 
 def settings_of(model: nn.Module) -> Settings:
@@ -56,7 +45,7 @@ def settings_key(model: nn.Module) -> tuple[Any, ...]:
 def _of(module: nn.Module) -> list[tuple[str, Any, Any]]:
     found = []
     for name, value in vars(module).items():
-        if name[0] == "_" and name.startswith(_OURS):
+        if name in _TORCHS or (name[0] == "_" and name.startswith(_OURS)):
             continue
         key = value if type(value) in _PLAIN else _frozen(value)
         if key is not _NOTHING:
