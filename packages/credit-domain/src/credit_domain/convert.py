@@ -139,8 +139,8 @@ def convert_to_domain_parallel(
     Raises:
         ValueError: If modules are refused: all of them, by name, with what to do. If ``shard_dim`` is no spatial dim,
             or the declared partition does not fit the model's total stride. If the trial finds a module whose numbers
-            differ, on all domain ranks alike. If the model cannot be partitioned either, with both reasons. Nothing is
-            changed then.
+            differ, on all domain ranks alike. Where the model cannot be partitioned either, the message has both
+            reasons. Nothing is changed then.
 
     Collectives:
         Those of the trial and of :func:`credit_domain.partitioner.partitioning.partition_model`, in which every domain
@@ -238,7 +238,7 @@ def _has_own_code(model: nn.Module, report: ConversionReport) -> bool:
 
 
 def _trial_of(model: nn.Module, manager: Any, shard_dim: int, report: ConversionReport) -> Any:
-    """The trial of a model with code of its own; None where there are no ranks to try it on, or no copy."""
+    """The trial of a model; None if no rank answers, or the model cannot be copied."""
     from credit_domain.verification.trial import Trial  # which converts models itself
 
     return Trial.of(model, manager, shard_dim, {line.name: line.reason for line in report.modules})

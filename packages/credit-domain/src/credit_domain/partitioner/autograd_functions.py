@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from credit_domain._torch_private import version_of
 from credit_domain.containers import mapped, tensors_in
-from credit_domain.engine.ranks import Domain, domain_of, sum_over
+from credit_domain.engine.ranks import domain_of, sum_over
 
 _apply = Function.__dict__["apply"]
 
@@ -131,32 +131,18 @@ class _NoChangesOfData(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Complete(Function):
-    """The same forward; in the backward the sum of the ranks' gradients."""
+class _WithGradient(Function):
+    """The same forward; backward, what a function makes of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, domain: Domain) -> Tensor:
-        ctx.domain = domain
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_over(grad.contiguous(), ctx.domain), None
-
-
-class _Share(Function):
-    """The same forward; in the backward this rank's share of a gradient that all ranks hold."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad / ctx.ranks, None
+        return ctx.change(grad), None
 
 
 def on_every_rank(call: Applied, manager: Any) -> Callable[..., Any]:
@@ -164,8 +150,15 @@ def on_every_rank(call: Applied, manager: Any) -> Callable[..., Any]:
 
     def run(*tensors: Tensor) -> Any:
         domain = domain_of(manager)
-        shares: list[Any] = [_Share.apply(x, domain.size) for x in tensors]  # type: ignore[no-untyped-call]
+
+        def share(grad: Tensor) -> Tensor:
+            return grad / domain.size  # every rank holds all of it
+
+        def complete(grad: Tensor) -> Tensor:
+            return sum_over(grad.contiguous(), domain)
+
+        shares: list[Any] = [_WithGradient.apply(x, share) for x in tensors]  # type: ignore[no-untyped-call]
         out = [x for _, x in tensors_in(call.run(shares))]
-        return tuple(_Complete.apply(x, domain) for x in out)  # type: ignore[no-untyped-call]
+        return tuple(_WithGradient.apply(x, complete) for x in out)  # type: ignore[no-untyped-call]
 
     return run

@@ -110,7 +110,7 @@ def changed(before: Settings, after: Settings) -> list[str]:
 
 
 def classes_of(model: nn.Module) -> dict[str, type]:
-    """The classes of the modules, by name; of a wrapper and what it wraps, that of the wrapped module."""
+    """The class of each module, by name. A wrapper has the name of the module in it, whose class counts."""
     return {plain_name(name): type(module) for name, module in model.named_modules()}
 
 

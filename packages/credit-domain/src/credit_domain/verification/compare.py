@@ -145,7 +145,7 @@ def _scale(whole: Tensor) -> float:
 
 
 def unlike_buffers(whole: nn.Module, shard: nn.Module, tolerance: float) -> list[str]:
-    """Names of the buffers of numbers that differ after a forward; those of other shapes hold a part, and may."""
+    """Names of the buffers whose numbers differ after a forward. Buffers of another shape are not compared."""
     found = dict(shard.named_buffers())
     return [
         name

@@ -60,7 +60,7 @@ def divided(given: Any) -> list[Value]:
 
 
 def divide_again(made: Any, given: Any) -> None:
-    """Let each rank go on with its rows of a result that it holds whole, where the result has those of an operand."""
+    """Divide results again that every rank holds whole, if they have as many rows as a divided operand."""
     rows = next((value for value in divided(given) if value.layout is not None and value.layout.outer == 1), None)
     if rows is None or rows.layout is None:
         return
