@@ -99,6 +99,11 @@ class ExchangePlan:
         return sum(len(message.rows) for message in self.recvs)
 
     @cached_property
+    def needs(self) -> Needs:
+        """The global rows that each rank needs, in order."""
+        return recipe_of(self.recipe)[1]
+
+    @cached_property
     def is_delivery(self) -> bool:
         """Whether what this rank needs is one message as it comes."""
         whole = (Placement(range(self.out_rows), range(self.out_rows), False),)

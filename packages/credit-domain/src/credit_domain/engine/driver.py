@@ -18,6 +18,7 @@ from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.ranks import Domain, constant, domain_of, known_sizes, normal_dim, sizes_of
 from credit_domain.engine.row_op import ROW_OPS, RowOp, footprint_for
 from credit_domain.engine.skips import follow
+from credit_domain.engine.traced_rows import rows as rows_of_all
 from credit_halo import exchange_rows, plan_rows
 from credit_halo.extend import marked, ops, plans
 from credit_mesh import DomainParallelManager, RowPartition
@@ -147,6 +148,9 @@ def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: b
     """
     if not new:
         follow(*step.sizes, domain, label)
+    if domain.size == 1 and torch.compiler.is_exporting() and not step.local:
+        traced: Tensor = rows_of_all(x, dim % x.ndim, step.plan)
+        return traced
     if step.local:
         own = marked(x) if domain.size > 1 else x  # whatever asked for the partition asks again
         return own.clone() if new else own

@@ -122,7 +122,8 @@ def sizes_of(
     if domain.size == 1:
         return (operator.index(x.shape[dim]),)
     if partition is not None:
-        _check_partition(x, dim, domain, label, partition)
+        if not domain.planned:
+            _check_partition(x, dim, domain, label, partition)
         return partition.sizes
     if torch.compiler.is_compiling():
         if not domain.declared:

@@ -57,6 +57,8 @@ def _frozen(value: Any) -> Any:
     """A plain value as one that has a hash: numbers, texts, and short containers of them; nothing of any other."""
     if type(value) in _PLAIN or isinstance(value, Enum):
         return value
+    if type(value) is tuple and all([type(item) in _PLAIN for item in value]):
+        return value if len(value) <= _LONGEST else _NOTHING
     if type(value).__module__ == "numpy":
         known = 0 < getattr(value, "size", 0) <= _LONGEST
         return (str(value.dtype), value.shape, value.tobytes()) if known else _NOTHING

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from credit_domain import functional as F
+from credit_domain.engine.driver import Call
+from credit_domain.engine.ranks import new_layer
 from credit_domain.engine.row_op import footprint_for
+from credit_domain.ops.conv.convolution import conv as convolve
 from credit_domain.ops.conv.convolution import geometry_of
 from credit_domain.ops.conv.transposed import TransposedConvolution
+from credit_domain.ops.conv.transposed import conv_transpose as transposed
 from credit_domain.ops.interpolation.interpolation import Resampling, numbers, resampled_partition, share_sent
 from credit_domain.ops.interpolation.taps import HALF, PICKS
 from credit_domain.ops.pooling.adaptive_pooling import AdaptiveWindows
 from credit_domain.ops.pooling.pooling import Windows
 from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.row_layout import Rows, in_blocks
-from credit_domain.partitioner.rules.table import local, nodes, replicated, results, rule, whole
+from credit_domain.partitioner.rules.table import RULES, local, nodes, replicated, results, rule, whole
 from credit_domain.partitioner.steps import named, partition
 from credit_mesh import RowPartition
 
@@ -29,6 +33,13 @@ aten = torch.ops.aten
 def _each(value: Any, nd: int) -> tuple[int, ...]:
     given = [int(v) for v in ([value] if isinstance(value, int) else value)]
     return tuple(given * nd if len(given) == 1 else given)
+
+
+def _call(b: Builder, x: Value, rows: Rows) -> tuple[Call, bool]:
+    """What a convolution is told, and whether another one reads the same value, so that one exchange serves both."""
+    readers = sum(RULES.get(user.target) in (conv, conv_transpose) for user in b.node.args[0].users)
+    call = Call(rows.dim - x.ndim, partition(rows.sizes), b.place.manager, b.label, new_layer())
+    return call, readers > 1
 
 
 def _where(b: Builder, x: Value, rows: Rows) -> dict[str, Any]:
@@ -72,12 +83,11 @@ def conv(b: Builder, x: Value, weight: Value, bias: Value | None = None, *args: 
     if not isinstance(padding, str):
         padding = _each(padding, nd)
     numbers = _each(stride, nd), padding, _each(dilation, nd), int(groups)
-    op = geometry_of(weight.shape[2:], *numbers, "zeros").along(along - nd)
-    footprint = op.footprint(partition(layout.sizes))
-    fn = (F.conv1d, F.conv2d, F.conv3d)[nd - 1]
-    where = _where(b, x, layout)
+    geometry = geometry_of(weight.shape[2:], *numbers, "zeros")
+    footprint = geometry.along(along - nd).footprint(partition(layout.sizes))
+    call, shares = _call(b, x, layout)
     b.brings("halo", x, footprint)
-    step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers, **where), f"conv{nd}d")
+    step = named(lambda x, weight, bias=None: convolve(x, weight, bias, geometry, call, shares), f"conv{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
     return b.value(node, layout._replace(sizes=footprint.target.sizes))
 
@@ -95,11 +105,10 @@ def conv_transpose(b: Builder, x: Value, weight: Value, bias: Value | None = Non
     stride, padding, more, dilation = (_each(v, nd) for v in (stride, padding, more, dilation))
     numbers = (weight.shape[2 + at], stride[at], padding[at], more[at], dilation[at])
     footprint = footprint_for(TransposedConvolution, numbers, layout.sizes)
-    fn = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[nd - 1]
-    where = _where(b, x, layout)
+    call, shares = _call(b, x, layout)
     b.brings("halo", x, footprint)
-    numbers_of = (stride, padding, more, int(groups), dilation)
-    step = named(lambda x, weight, bias=None: fn(x, weight, bias, *numbers_of, **where), f"conv_transpose{nd}d")
+    how = (stride, padding, more, int(groups), dilation, call, None, shares)
+    step = named(lambda x, weight, bias=None: transposed(nd, x, weight, bias, *how), f"conv_transpose{nd}d")
     node = b.emit(step, b.at(x, layout), *whole(b, (weight, bias)))
     return b.value(node, layout._replace(sizes=footprint.target.sizes))
 
