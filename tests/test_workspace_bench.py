@@ -53,6 +53,7 @@ def has_every_part(results):
             "chain": 18,
             "unet": 15,  # 4 of them sums of norms
             "embedding": 2,
+            "transformer": 10,
         }
     )
     for r in results["nets"]:
@@ -69,9 +70,12 @@ def has_every_part(results):
 
 
 def test_mistakes_are_told():
-    right = {"net": "chain", "ranks": 4, "messages": {"sent": 36, "received": 36, "others": {}}}
-    more = {**right, "messages": {"sent": 37, "received": 36, "others": {}}}
-    gathered = {"net": "unet", "ranks": 2, "messages": {"sent": 11, "received": 11, "others": {"allgather": 5}}}
+    messages = {"sent": 36, "received": 36, "others": {}}
+    right = {"net": "chain", "ranks": 4, "messages": messages, "messages_graph": messages}
+    more = {**right, "messages_graph": {"sent": 37, "received": 36, "others": {}}}
+    least = {"sent": 15, "received": 15, "others": {"allgather": 4}}
+    gathers = {"sent": 11, "received": 11, "others": {"allgather": 5}}
+    gathered = {"net": "unet", "ranks": 2, "messages": gathers, "messages_graph": least}
     compiled = {"model": "unet", "layout": "domain"}
     assert mistakes({"nets": [right], "compiled": [{**compiled, "difference": 1e-6}]}) == []
     found = mistakes({"nets": [right, more, gathered], "compiled": [{**compiled, "difference": float("nan")}]})

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from credit_domain.blocks import WindowAttention
+from credit_domain.functional import pad_boundary
+
 H, W = 12, 16
 
 
@@ -176,6 +179,18 @@ def legendre(x: Tensor) -> Tensor:
     return torch.fft.irfft(torch.einsum("bclm,hlm->bchm", there, polynomials.to(modes.dtype)), n=W)
 
 
+class OwnLayers(nn.Module):
+    """Layers of this package, which bring rows of their own."""
+
+    def __init__(self, window: tuple[int, int], shift: tuple[int, int], **how: object) -> None:
+        super().__init__()
+        self.attention = WindowAttention(4, window, 2, shift, **how)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return F.conv2d(pad_boundary(x, 1, 1), table(4, 4, 3, 3))
+
+
 CASES: dict[str, Case] = {
     "pad at one end": fn(lambda x: F.pad(x, (0, 1, 0, 1))),
     "pad reflect": fn(lambda x: F.pad(x, (1, 1, 2, 1), mode="reflect")),
@@ -266,3 +281,24 @@ CASES: dict[str, Case] = {
     "complex": fn(lambda x: torch.view_as_real(torch.complex(x, x * 2) * (1 + 2j))[..., 0]),
     "several results": fn(lambda x: (x, x[:, :, ::2], x.mean((2, 3)), [x.sum()])),
 }
+
+LAYERS: dict[str, Case] = {
+    "own windows, shifted around": Case(lambda: OwnLayers((4, 4), (2, 2), cyclic=(True, True))),
+    "own windows, masked": Case(lambda: OwnLayers((4, 4), (1, 2), cyclic=(False, True))),
+    "own windows, padded": Case(lambda: OwnLayers((5, 3), (2, 1))),
+    "own windows, dilated": Case(lambda: OwnLayers((3, 4), (0, 0), dilated=True)),
+    "own padding of rows behind channels": fn(
+        lambda x: pad_boundary(x.reshape(2, 4 * H, W), 1, 1)[:, 1:-1, 1:-1].reshape(2, 4, H, W),
+        gathers=True,  # where there are more ranks than samples
+    ),
+    "own padding with signs of channels": fn(
+        lambda x: pad_boundary(x, 1, 0, signs=(1, -1, 1, -1))[:, :, 1:-1] + pad_boundary(x.mT, 1, 0)[:, :, 2:].mT
+    ),
+    "kernels of several widths": fn(
+        lambda x: sum(F.conv2d(x, table(4, 4, k, 3), padding=(k // 2, 1)) for k in (3, 5, 7)) + F.max_pool2d(x, 3, 1, 1)
+    ),
+    "a transposed kernel beside one": fn(
+        lambda x: F.conv_transpose2d(x, table(4, 4, 3, 3), padding=1) * F.conv2d(x, table(4, 4, 3, 3), padding=1)
+    ),
+}
+"""Layers and functions of this package, and convolutions that share an exchange."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from domain_partitioned import check_partitioned
-from partition_cases import CASES, H
+from partition_cases import CASES, LAYERS, H
 
 SIZES = ((5, 3, 4), (6, 6), (1, 7, 2, 2))
 
@@ -21,6 +21,15 @@ def test_case(name: str) -> None:
     report = check_partitioned(model, inputs, sizes)
     assert bool(report.gathered) == case.gathers, str(report)
     assert case.gathers or not report.repeated, str(report)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_this_package(name: str, sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = LAYERS[name].make().double()
+    report = check_partitioned(model, [torch.randn(2, 4, H, 16, dtype=torch.float64)], sizes)
+    assert LAYERS[name].gathers or not report.gathered, str(report)
 
 
 @pytest.mark.parametrize("sizes", [(12,), (4, 8), (3, 1, 8)])

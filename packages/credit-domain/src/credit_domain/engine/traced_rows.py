@@ -17,7 +17,8 @@ from credit_halo.extend import empty_rows, ops, plans
 @torch.library.custom_op("credit_domain::rows", mutates_args=())
 def rows(x: Tensor, dim: int, plan: str) -> Tensor:
     """Rows of a tensor that holds all of them, and what lies beyond its edges, as a plan for one rank lists them."""
-    return ops.exchange(x, dim, plan, "", "rows", False, True)
+    brought: Tensor = ops.exchange(x, dim, plan, "", "rows", False, True)
+    return brought
 
 
 @rows.register_fake

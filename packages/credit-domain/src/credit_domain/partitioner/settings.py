@@ -57,7 +57,7 @@ def _frozen(value: Any) -> Any:
     """A plain value as one that has a hash: numbers, texts, and short containers of them; nothing of any other."""
     if type(value) in _PLAIN or isinstance(value, Enum):
         return value
-    if type(value) is tuple and all([type(item) in _PLAIN for item in value]):
+    if type(value) is tuple and _PLAIN.issuperset(map(type, value)):
         return value if len(value) <= _LONGEST else _NOTHING
     if type(value).__module__ == "numpy":
         known = 0 < getattr(value, "size", 0) <= _LONGEST

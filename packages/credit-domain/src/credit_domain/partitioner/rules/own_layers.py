@@ -14,18 +14,20 @@ from credit_domain.partitioner.builder import Builder, Value
 from credit_domain.partitioner.row_layout import Rows, kept
 from credit_domain.partitioner.rules.table import RULES, local
 from credit_domain.partitioner.steps import named, partition
+from credit_halo import EdgeRule
 from credit_halo.extend import plans
 
 
 def rows(b: Builder, x: Value, dim: int, plan: str) -> Value:
     """Each rank gets a part of them: boundaries keep their numbers where rows do, and are even where they do not."""
-    layout = x.layout
-    if layout is not None and layout.dim == dim and layout.outer > 1:
-        layout = b.free(x, [dim])
+    layout, edge = x.layout, plans[plan].edge
+    others = _needed_whole(edge, x.ndim)
+    if layout is not None and (layout.dim in others or (layout.dim == dim and layout.outer > 1)):
+        layout = b.free(x, [dim, *others])
     if layout is None or layout.dim != dim:
         made: Value = local(b, layout, b.at(x, layout), dim, plan)
         return made
-    (need,), edge = plans[plan].needs, plans[plan].edge
+    (need,) = plans[plan].needs
     source = partition(layout.sizes)
     target = partition(_sizes(layout, need))
     needs = tuple(need[start:stop] for start, stop in pairwise(target.offsets))
@@ -37,6 +39,14 @@ def rows(b: Builder, x: Value, dim: int, plan: str) -> Value:
         return bring(x, dim - x.ndim, step, domain, label, new=True)
 
     return b.value(b.emit(named(bring_rows, "bring_rows"), b.at(x, layout)), layout._replace(sizes=target.sizes))
+
+
+def _needed_whole(edge: EdgeRule, ndim: int) -> list[int]:
+    """The dims that an edge rule needs as a whole beside the rows: across a pole longitudes, and channels with signs."""
+    if edge.kind != "pole":
+        return []
+    signs = [edge.channel_dim] if isinstance(edge.signs, tuple) else []
+    return [dim % ndim for dim in (edge.lon_dim, *signs)]
 
 
 def _sizes(layout: Rows, need: range | tuple[int, ...]) -> tuple[int, ...]:
