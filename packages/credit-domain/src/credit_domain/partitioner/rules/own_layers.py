@@ -42,7 +42,7 @@ def rows(b: Builder, x: Value, dim: int, plan: str) -> Value:
 
 
 def _needed_whole(edge: EdgeRule, ndim: int) -> list[int]:
-    """The dims that an edge rule needs as a whole beside the rows: across a pole longitudes, and channels with signs."""
+    """The other dims that an edge rule needs as a whole: across a pole longitudes, and channels that have signs."""
     if edge.kind != "pole":
         return []
     signs = [edge.channel_dim] if isinstance(edge.signs, tuple) else []
