@@ -32,6 +32,19 @@ def test_layers_of_this_package(name: str, sizes: tuple[int, ...]) -> None:
     assert LAYERS[name].gathers or not report.gathered, str(report)
 
 
+def test_an_exported_layer_computes_and_differentiates() -> None:
+    torch.manual_seed(0)
+    model = LAYERS["own windows, masked"].make().double()
+    x = torch.randn(2, 4, H, 16, dtype=torch.float64, requires_grad=True)
+    exported = torch.export.export(model, (x,), strict=False).module()
+    out, found = model(x), exported(x)
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(found, out)
+    (expected,) = torch.autograd.grad((out * weight).sum(), x)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("sizes", [(12,), (4, 8), (3, 1, 8)])
 def test_any_division(sizes: tuple[int, ...]) -> None:
     torch.manual_seed(0)

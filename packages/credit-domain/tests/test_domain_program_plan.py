@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from domain_partitioned import SharedGhost
-from partition_cases import CASES, H
+from partition_cases import CASES, LAYERS, H
 from torch import nn
 from trial_models import COLUMNS, FAULTS, ROWS
 from trial_models import Net as Around
@@ -26,10 +27,10 @@ from credit_mesh import RowPartition
 SIZES = (4, 2, 3, 3)
 
 
-def counted(model: nn.Module, inputs: list[torch.Tensor]) -> list[tuple[int, int]]:
+def counted(model: nn.Module, inputs: list[torch.Tensor], sizes=SIZES, calls_before: int = 0) -> list[tuple[int, int]]:
     """Messages and bytes that each of four ranks sends in a forward; those of a transposition count apart."""
     sent: Counter[Any] = Counter()
-    partition, ghost = RowPartition(SIZES), SharedGhost(model)
+    partition, ghost = RowPartition(sizes), SharedGhost(model)
     (kind,) = run_threads(lambda rank: type(dist.group.WORLD), 1)
     send, spread = kind.send, kind.all_to_all
     on = False
@@ -55,6 +56,8 @@ def counted(model: nn.Module, inputs: list[torch.Tensor]) -> list[tuple[int, int
         partition_model(mine, tuple(inputs), manager)
         divided = mine._partition.divided
         own = [x[..., rows.start : rows.stop, :] if f"[0][{i}]" in divided else x for i, x in enumerate(inputs)]
+        for _ in range(calls_before):
+            mine(*own)
         manager.domain_group.barrier()
         on = True
         mine(*own)
@@ -68,10 +71,10 @@ def counted(model: nn.Module, inputs: list[torch.Tensor]) -> list[tuple[int, int
     return [(sent[rank, "messages"], sent[rank, "bytes"]) for rank in range(4)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *LAYERS])
 def test_what_is_planned_is_what_is_sent(name: str) -> None:
     """Bytes of all ranks together; messages of the busiest rank, which need not be the same at each operator."""
-    case = CASES[name]
+    case = (CASES | LAYERS)[name]
     torch.manual_seed(0)
     model = case.make().double().eval()
     inputs = [torch.randn(*shape, dtype=torch.float64) for shape in case.shapes]
@@ -86,6 +89,28 @@ def test_what_is_planned_is_what_is_sent(name: str) -> None:
         busiest = max(messages for messages, _ in sent)
         assert busiest <= sum(layer.messages for layer in layers) <= 3 * busiest
         assert max(size for _, size in sent) <= sum(layer.bytes for layer in layers)
+
+
+def test_convolutions_of_one_value_share_an_exchange() -> None:
+    """Known from the first call on: the second one sends what the widest kernel reads, and what the pooling does."""
+
+    def convolved(*kernels: int) -> nn.Module:
+        layers = [nn.Conv2d(4, 4, kernel, padding=kernel // 2).double() for kernel in kernels]
+
+        class Branches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.branches = nn.ModuleList(layers)
+
+            def forward(self, x):
+                return sum(branch(x) for branch in self.branches) + F.max_pool2d(x, 3, 1, 1)
+
+        return Branches()
+
+    inputs, sizes = [torch.randn(2, 4, 32, 16, dtype=torch.float64)], (8, 7, 9, 8)
+    first = counted(convolved(3, 5, 7), inputs, sizes)
+    later = counted(convolved(3, 5, 7), inputs, sizes, calls_before=1)
+    assert later == counted(convolved(7), inputs, sizes) != first
 
 
 def test_a_plan_for_many_ranks_takes_seconds() -> None:

@@ -148,12 +148,12 @@ def bring(x: Tensor, dim: int, step: Step, domain: Domain, label: str, *, new: b
     """
     if not new:
         follow(*step.sizes, domain, label)
-    if domain.size == 1 and torch.compiler.is_exporting() and not step.local:
-        traced: Tensor = rows_of_all(x, dim % x.ndim, step.plan)
-        return traced
     if step.local:
         own = marked(x) if domain.size > 1 else x  # whatever asked for the partition asks again
         return own.clone() if new else own
+    if domain.size == 1 and torch.compiler.is_exporting():
+        traced: Tensor = rows_of_all(x, dim % x.ndim, step.plan)
+        return traced
     if domain.size == 1 or torch.compiler.is_compiling():
         rows: Tensor = ops.exchange(x, dim % x.ndim, step.plan, domain.group, label, False, True)
         return rows

@@ -1,7 +1,7 @@
 """Rows that a rank with all rows reads, as one operator of a traced program.
 
-While torch traces a model for :func:`torch.export.export`, layers of this package call it in place of an exchange with
-nobody, which torch would keep in order with all others.
+While :func:`torch.export.export` traces a model on one rank, layers of this package call this operator. The operator of
+an exchange has a fixed order among others, and torch would add tokens to the graph that keep the order.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _frozen(value: Any) -> Any:
     if type(value) in _PLAIN or isinstance(value, Enum):
         return value
     if type(value) is tuple and _PLAIN.issuperset(map(type, value)):
-        return value if len(value) <= _LONGEST else _NOTHING
+        return ("tuple", value) if len(value) <= _LONGEST else _NOTHING
     if type(value).__module__ == "numpy":
         known = 0 < getattr(value, "size", 0) <= _LONGEST
         return (str(value.dtype), value.shape, value.tobytes()) if known else _NOTHING

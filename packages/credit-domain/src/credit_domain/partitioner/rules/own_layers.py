@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from credit_domain.engine.driver import bring, step_of
 from credit_domain.engine.footprint import Footprint
 from credit_domain.engine.ranks import domain_of
 from credit_domain.partitioner.builder import Builder, Value
-from credit_domain.partitioner.row_layout import Rows, kept
+from credit_domain.partitioner.row_layout import kept
 from credit_domain.partitioner.rules.table import RULES, local
 from credit_domain.partitioner.steps import named, partition
 from credit_halo import EdgeRule
@@ -19,7 +19,7 @@ from credit_halo.extend import plans
 
 
 def rows(b: Builder, x: Value, dim: int, plan: str) -> Value:
-    """Each rank gets a part of them: boundaries keep their numbers where rows do, and are even where they do not."""
+    """Each rank gets a part of them. Boundaries between ranks keep their numbers; the last rank takes what is added."""
     layout, edge = x.layout, plans[plan].edge
     others = _needed_whole(edge, x.ndim)
     if layout is not None and (layout.dim in others or (layout.dim == dim and layout.outer > 1)):
@@ -29,14 +29,14 @@ def rows(b: Builder, x: Value, dim: int, plan: str) -> Value:
         return made
     (need,) = plans[plan].needs
     source = partition(layout.sizes)
-    target = partition(_sizes(layout, need))
+    target = partition(kept(layout.sizes, len(need)))
     needs = tuple(need[start:stop] for start, stop in pairwise(target.offsets))
     footprint = Footprint(source, target, needs, edge)
     b.brings("halo" if isinstance(need, range) else "take", x, footprint)
-    step, domain, label = step_of(footprint, b.place.rank)._replace(sizes=((), ())), domain_of(b.place.manager), b.label
+    step, manager, label = step_of(footprint, b.place.rank)._replace(sizes=((), ())), b.place.manager, b.label
 
     def bring_rows(x: Tensor) -> Tensor:
-        return bring(x, dim - x.ndim, step, domain, label, new=True)
+        return bring(x, dim - x.ndim, step, domain_of(manager), label, new=True)
 
     return b.value(b.emit(named(bring_rows, "bring_rows"), b.at(x, layout)), layout._replace(sizes=target.sizes))
 
@@ -47,14 +47,6 @@ def _needed_whole(edge: EdgeRule, ndim: int) -> list[int]:
         return []
     signs = [edge.channel_dim] if isinstance(edge.signs, tuple) else []
     return [dim % ndim for dim in (edge.lon_dim, *signs)]
-
-
-def _sizes(layout: Rows, need: range | tuple[int, ...]) -> tuple[int, ...]:
-    """Rows of each rank: a rank keeps its own of a halo, and with them what lies beyond an edge that it has."""
-    if not isinstance(need, range) or need.step != 1:
-        return kept(layout.sizes, len(need))
-    cuts = [0, *(min(max(cut - need.start, 0), len(need)) for cut in list(accumulate(layout.sizes))[:-1]), len(need)]
-    return tuple(b - a for a, b in pairwise(cuts))
 
 
 RULES[torch.ops.credit_domain.rows.default] = rows
