@@ -22,7 +22,7 @@ from credit_domain.engine.row_op import ROW_OPS, footprint_for
 from credit_domain.engine.text import as_text, from_text
 from credit_domain.ops.conv.borders import Border, Borders, Overlapping, borders_of
 from credit_domain.ops.conv.sharing import Reader, Shared, share, within
-from credit_halo.extend import debug, ops, plans
+from credit_halo.extend import debug, memory_format, ops, plans
 
 Plain = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """The same convolution, of operations that torch differentiates any number of times."""
@@ -288,7 +288,8 @@ def _compute_border(
     else:  # in half precision a sum of two results would be rounded three times, where one rank rounds once
         start, stop = border.halo
         parts = [halo.narrow(dim, start, stop - start), x.narrow(dim, border.own[0], border.own[1] - border.own[0])]
-        part = torch.cat(parts if border.above else parts[::-1], dim)
+        # Torch convolves channels_last by other kernels, which round elsewhere: the part must lie as x does.
+        part = torch.cat(parts if border.above else parts[::-1], dim).contiguous(memory_format=memory_format(x))
         rows.copy_(torch.convolution(part, weight, bias, *how.bare).narrow(dim, border.cut, rows.shape[dim]))
 
 
