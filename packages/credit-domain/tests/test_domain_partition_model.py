@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ from partition_cases import Net
 from torch import Tensor, nn
 
 from credit_domain import initialize_domain_parallel, partition_model, partition_report
+from credit_domain.partitioner import capture
 from credit_domain.partitioner.rules import RULES
 from credit_halo.testing import RankError, run_processes, run_threads
 from credit_mesh import RowPartition
@@ -322,3 +325,29 @@ def test_gradients_stop_where_the_model_stops_them() -> None:
 
     torch.manual_seed(0)
     check_partitioned(Stops().double(), [randn(1, 4, 12, 16)], (5, 3, 4))
+
+
+def test_ranks_that_are_threads_trace_one_at_a_time():
+    """Fake tensors change what all threads of a process see; two at once ended the process on some builds of torch."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    class Watched(type(capture.fake_mode())):  # type: ignore[misc]
+        def __enter__(self) -> Any:
+            inside.append(threading.get_ident())
+            most.append(len(set(inside)))
+            time.sleep(0.001)
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            inside.remove(threading.get_ident())
+            return super().__exit__(*error)
+
+    def rank_main(rank: int) -> None:
+        manager = initialize_domain_parallel(3, 3)
+        partition_model(nn.Sequential(Block(), Block()), (1, 4, 12, 6), manager)
+
+    with mock.patch.object(capture, "fake_mode", lambda: Watched(allow_non_fake_inputs=True)):
+        run_threads(rank_main, 3)
+    assert len(most) > 3
+    assert max(most) == 1

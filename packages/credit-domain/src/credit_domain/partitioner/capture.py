@@ -174,6 +174,10 @@ class Ghost:
     """A copy of a model whose tensors hold no memory, to be traced again when the model itself has been changed."""
 
     def __init__(self, model: nn.Module) -> None:
+        with one_at_a_time:
+            self._copy(model)
+
+    def _copy(self, model: nn.Module) -> None:
         self.mode = fake_mode()
         memo = managers_of(model)
         with self.mode:
@@ -217,6 +221,10 @@ class Ghost:
         Raises:
             ValueError: If it cannot be traced, with what torch says; if forward depends on what it stores itself.
         """
+        with one_at_a_time:
+            return self._checked(arguments, settings)
+
+    def _checked(self, arguments: Arguments, settings: Settings) -> Captured:
         captured, after, tensors = self._capture(arguments, settings)
         stored = [name for name in changed(settings_of(self.model), after) if name not in self._harmless]
         kept = [".".join(filter(None, at)) for at in tensors]
@@ -279,7 +287,7 @@ class Ghost:
         try:
             device = next((x.device.type for x in tensors if not x.is_meta), "cpu")
             apart = torch.autocast(device, enabled=False)  # what casts there is done when the program runs
-            with one_at_a_time, warnings.catch_warnings(), set_aside(), torch.enable_grad(), apart:
+            with warnings.catch_warnings(), set_aside(), torch.enable_grad(), apart:
                 warnings.simplefilter("ignore")  # torch warns of its own code
                 with marked_checkpoints(self.model) as checkpoints, marked_functions() as functions:
                     exported = torch.export.export(flat, tensors, strict=False)
