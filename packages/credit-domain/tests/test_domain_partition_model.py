@@ -16,7 +16,7 @@ from domain_partitioned import check_partitioned
 from partition_cases import Net
 from torch import Tensor, nn
 
-from credit_domain import initialize_domain_parallel, partition_model, partition_report
+from credit_domain import _torch_private, initialize_domain_parallel, partition_model, partition_report
 from credit_domain.partitioner import capture
 from credit_domain.partitioner.rules import RULES
 from credit_halo.testing import RankError, run_processes, run_threads
@@ -267,9 +267,32 @@ def test_a_report_says_what_is_gathered_and_where() -> None:
     assert (gathered.operation, gathered.module) == ("aten.tril.default", "1.inner")
     assert (gathered.bytes, gathered.total_bytes, gathered.messages) == (4 * 7 * 16 * 8, 4 * 12 * 16 * 8, 1)
     assert "test_domain_partition_model.py" in gathered.line
-    assert repeated.entries == 4 * 12 * 16
+    assert repeated.entries == repeated.flops == report.repeated_flops == 4 * 12 * 16
+    assert report.flops == 2 * 4 * 4 * 12 * 16 + 4 * 12 * 16
+    assert "11 % of the arithmetic" in str(report)
     assert "gathers  1.inner: aten.tril.default" in str(report)
     assert "repeats  1.inner: aten.tril.default" in str(report)
+
+
+def test_a_report_says_how_much_every_rank_repeats() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.into = nn.Linear(6, 32), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            x = self.into(x.mT)  # columns are tokens, divided rows are channels: a sum over ranks
+            scale = self.embed(time).sum()
+            return F.scaled_dot_product_attention(x, x, x).mT * scale
+
+    rows = randn(2, 3, 4, 10)
+    report = check_partitioned(Timed().double(), [rows, randn(5, 6, seed=1)], (1, 3))
+    embedding = 2 * 5 * 6 * 32 + 1
+    products = 2 * 2 * 3 * 10 * 4 * 4 + 2 * 2 * 3 * 10 * 10 * (4 + 4)
+    assert report.flops == embedding + products + rows.numel()
+    assert report.repeated_flops == embedding
+    assert report.repeated_share == embedding / report.flops
+    assert not report.repeated
 
 
 def test_a_trace_within_autocast_or_no_grad_is_that_of_the_model() -> None:
@@ -347,7 +370,27 @@ def test_ranks_that_are_threads_trace_one_at_a_time():
         manager = initialize_domain_parallel(3, 3)
         partition_model(nn.Sequential(Block(), Block()), (1, 4, 12, 6), manager)
 
-    with mock.patch.object(capture, "fake_mode", lambda: Watched(allow_non_fake_inputs=True)):
+    with mock.patch.object(capture, "fake_mode", side_effect=lambda: Watched(allow_non_fake_inputs=True)):
         run_threads(rank_main, 3)
     assert len(most) > 3
     assert max(most) == 1
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_a_thread_that_stays_is_the_first_that_traces(by_rank):
+    """Torch built for CUDA reads a part of that thread's memory ever after, where there is no device."""
+    first: list[threading.Thread] = []
+
+    def enter() -> None:
+        with mock.patch.object(_torch_private, "_first", []), capture.fake_mode():
+            first.extend(_torch_private._first)
+
+    with mock.patch.object(torch.version, "cuda", "13.0"):
+        if by_rank:
+            rank = threading.Thread(target=enter)
+            rank.start()
+            rank.join()
+        else:
+            enter()
+    assert first[0].is_alive()
+    assert (first[0] is threading.main_thread()) == (not by_rank)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from credit_halo.extend import gone
@@ -97,7 +99,40 @@ def fake_mode() -> Any:
         from torch._subclasses import FakeTensorMode
     except ImportError as error:
         raise gone("torch._subclasses.FakeTensorMode", "a model cannot be traced without its memory") from error
+    with _entering:
+        if not _first and torch.version.cuda:
+            _enter(FakeTensorMode())
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+_entering = threading.Lock()
+_first: list[threading.Thread] = []
+
+
+def _enter(mode: Any) -> None:
+    """Let a thread that stays be the first in the process that enters such a mode.
+
+    Torch built for CUDA keeps, where there is no device, a part of the memory of the first thread that enters, and
+    reads it whenever another does (2.11.0, ``ensureCUDADeviceGuardSet``). Ranks may be threads, which end.
+    """
+    entered = threading.Event()
+
+    def first(stay: bool) -> None:
+        try:
+            with mode:
+                pass
+        finally:
+            entered.set()
+        if stay:
+            threading.Event().wait()
+
+    if threading.current_thread() is threading.main_thread():
+        _first.append(threading.current_thread())
+        first(stay=False)
+    else:
+        _first.append(threading.Thread(target=first, args=(True,), name="credit_domain tracing", daemon=True))
+        _first[0].start()
+        entered.wait()
 
 
 _never = itertools.count(-1, -1)

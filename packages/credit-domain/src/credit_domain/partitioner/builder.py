@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,12 +95,14 @@ class Repeated:
         module: Qualified name of the module whose call it is in.
         line: The line of the model's source.
         entries: Entries of its result.
+        flops: Its floating-point operations.
     """
 
     operation: str
     module: str
     line: str
     entries: int
+    flops: int
 
 
 @dataclass
@@ -112,6 +114,7 @@ class Builder:
         declared: Rows of each rank at the model's input.
         constant_of: Gives the value of a node of the traced model that follows from constants alone.
         functions: The calls of functions with a backward of their own.
+        flops: Floating-point operations of each node of the traced model.
         graph: The program.
         values: What each node of the traced model became.
         moves: What goes from rank to rank.
@@ -119,6 +122,8 @@ class Builder:
         blocks: Rows of the model's input at whose multiples boundaries would have to be, so that views move no row.
         node: The node of the traced model that is being written.
         draws: Whether it draws random numbers.
+        repeated_flops: Floating-point operations that every rank does: of those in ``repeated``, and of operators on
+            values without rows.
         checkpoint: The call of ``torch.utils.checkpoint`` that the present operator is in, and how many calls of
             modules that call is in.
     """
@@ -127,6 +132,7 @@ class Builder:
     declared: tuple[int, ...]
     constant_of: Callable[[fx.Node], Tensor | None]
     functions: Sequence[Applied] = ()
+    flops: Mapping[fx.Node, int] = field(default_factory=dict)
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
@@ -134,6 +140,7 @@ class Builder:
     blocks: set[int] = field(default_factory=set)
     node: Any = None
     draws: bool = False
+    repeated_flops: int = 0
     checkpoint: tuple[int, int] | None = None
 
     # What is written
@@ -216,7 +223,7 @@ class Builder:
         """Note that every rank does the whole of the present operator."""
         made = self.meta if isinstance(self.meta, (tuple, list)) else (self.meta,)
         entries = sum(x.numel() for x in made if isinstance(x, Tensor))
-        self.repeated.append(Repeated(self.operation, self.module, self.line, entries))
+        self.repeated.append(Repeated(self.operation, self.module, self.line, entries, self.flops.get(self.node, 0)))
 
     # Where values lie
 

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.model.trace import managers_of
+from credit_domain.partitioner.arithmetic import flops_of
 from credit_domain.partitioner.autograd_functions import Applied, marked_functions
 from credit_domain.partitioner.module_names import plain_name
 from credit_domain.partitioner.recomputing import Calls, marked_checkpoints
@@ -133,6 +134,7 @@ class Captured:
         result: What the model returns, with places instead of tensors.
         checkpoints: The keyword arguments of each call of ``torch.utils.checkpoint`` within.
         functions: The calls of functions with a backward of their own.
+        flops: Floating-point operations of each operator on the whole.
     """
 
     graph: fx.Graph
@@ -144,6 +146,7 @@ class Captured:
     result: Any
     checkpoints: Calls
     functions: tuple[Applied, ...] = ()
+    flops: Mapping[fx.Node, int] = field(default_factory=dict)
 
     def returned(self, tensors: Any) -> Any:
         """What the model returns, with tensors at their places."""
@@ -417,4 +420,5 @@ def _read(exported: Any, result: Any, checkpoints: Calls, functions: tuple[Appli
     constants = {
         plain_name(name.removeprefix("model.")): x for name, x in exported.constants.items() if isinstance(x, Tensor)
     }
-    return Captured(graph, tuple(inputs), held, constants, tuple(outputs), changed, result, checkpoints, functions)
+    found = (graph, tuple(inputs), held, constants, tuple(outputs), changed, result, checkpoints, functions)
+    return Captured(*found, {node: flops_of(node) for node in graph.nodes})

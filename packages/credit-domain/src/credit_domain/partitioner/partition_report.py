@@ -18,6 +18,10 @@ class PartitionReport:
         granularity: With blocks of so many rows of the model's input, views would move no rows. It is 1 if they move
             none, or no such block fits every rank.
         seconds: What tracing and writing the program took.
+        flops: Floating-point operations of a forward of the whole: products, convolutions and attention as
+            :mod:`torch.utils.flop_counter` counts them, all else as one for each entry of a result.
+        repeated_flops: Those that every rank does: of ``repeated``, and of operators on values without rows, such as
+            tables and embeddings of time.
     """
 
     moves: tuple[Move, ...]
@@ -25,6 +29,13 @@ class PartitionReport:
     operators: int
     granularity: int
     seconds: float
+    flops: int = 0
+    repeated_flops: int = 0
+
+    @property
+    def repeated_share(self) -> float:
+        """The share of a forward's arithmetic that every rank repeats, of 1."""
+        return self.repeated_flops / self.flops if self.flops else 0.0
 
     @property
     def gathered(self) -> tuple[Move, ...]:
@@ -34,12 +45,14 @@ class PartitionReport:
     def __str__(self) -> str:
         lines = [
             f"{self.operators} operators; {len(self.moves)} exchanges and sums, of which {len(self.gathered)} gather a "
-            f"whole value; every rank repeats {len(self.repeated)} operators; traced in {self.seconds:.1f} s"
+            f"whole value; every rank repeats {len(self.repeated)} operators on rows, and "
+            f"{100 * self.repeated_share:.2g} % of the arithmetic; traced in {self.seconds:.1f} s"
         ]
         for move in self.gathered:
             lines.append(f"  gathers  {move.module or '(model)'}: {move.operation}, {move.bytes} bytes  {move.line}")
         for each in self.repeated:
             lines.append(
-                f"  repeats  {each.module or '(model)'}: {each.operation}, {each.entries} entries  {each.line}"
+                f"  repeats  {each.module or '(model)'}: {each.operation}, {each.entries} entries, "
+                f"{each.flops:.2g} operations  {each.line}"
             )
         return "\n".join(lines)

@@ -234,7 +234,8 @@ class Partition:
         blocks = math.lcm(*builder.blocks)
         granularity = blocks if blocks * len(sizes) <= sum(sizes) else 1
         moves, seconds = tuple(builder.moves), time.monotonic() - start
-        report = PartitionReport(moves, tuple(builder.repeated), operators, granularity, seconds)
+        done = (sum(captured.flops.values()), builder.repeated_flops)
+        report = PartitionReport(moves, tuple(builder.repeated), operators, granularity, seconds, *done)
         logger.info("%s", report)
         return Trace(number, captured, tuple(captured.changed), builder.draws, report)
 

@@ -86,7 +86,11 @@ def _planned(move: Move, declared: RowPartition) -> PlannedLayer:
 
 
 def _notes(written: Builder) -> tuple[str, ...]:
-    notes = ["planned operation by operation, as by convert_to_domain_parallel with input_shape"]
+    share = 100 * written.repeated_flops / max(1, sum(written.flops.values()))
+    notes = [
+        "planned operation by operation, as by convert_to_domain_parallel with input_shape",
+        f"every rank repeats {share:.2g} % of the arithmetic of a forward",
+    ]
     for each in written.repeated:
         where = f"{each.module or 'the model'} ({each.line})"
         notes.append(f"every rank does {each.operation} of {where} as a whole: {each.entries} entries")

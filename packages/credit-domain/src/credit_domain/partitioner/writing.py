@@ -16,7 +16,7 @@ from credit_domain.partitioner.module_names import module_of
 from credit_domain.partitioner.row_layout import plain, scaled
 from credit_domain.partitioner.rules import rule_for
 from credit_domain.partitioner.rules.pointwise import is_pointwise, pointwise
-from credit_domain.partitioner.rules.table import divide_again
+from credit_domain.partitioner.rules.table import divide_again, divided
 from credit_domain.partitioner.steps import Place, named
 
 _COLLECTIVES = ("c10d.", "_c10d_functional", "_dtensor.", "symm_mem.", "credit_halo.")
@@ -48,7 +48,7 @@ class Writing:
 
     def write(self) -> tuple[Builder, list[fx.Node], list[fx.Node]]:
         """The program, its inputs and its results."""
-        builder = Builder(self.place, self.sizes, self._constant, self.captured.functions)
+        builder = Builder(self.place, self.sizes, self._constant, self.captured.functions, self.captured.flops)
         inputs = []
         for name, node in zip(self.names, self.captured.inputs, strict=True):
             like = node.meta["val"]
@@ -92,9 +92,12 @@ class Writing:
                 f"{builder.line}): a model that is partitioned must be one for a single rank"
             )
         rule: Callable[..., Any] = pointwise if is_pointwise(node.target) else rule_for(node.target)
+        repeated = len(builder.repeated)
         try:
             made = rule(builder, *args, **kwargs)
             divide_again(made, (args, kwargs))
+            if len(builder.repeated) > repeated or not divided((args, kwargs)):
+                builder.repeated_flops += builder.flops[node]
             return made
         except Exception as error:
             where = f"in {builder.module or 'the model'} ({builder.line})"

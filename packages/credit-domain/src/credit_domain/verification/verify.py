@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from credit_domain._torch_private import fake_mode
 from credit_domain.casts import cast_module, cast_tensor
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.convert import Converter, convert_to_domain_parallel
@@ -131,6 +132,7 @@ def verify_domain_parallel(
     def by_operations(twin: nn.Module, manager: DomainParallelManager) -> nn.Module:
         return partition_model(twin, trial.args or trial.kwargs, manager, shard_dim=shard_dim)
 
+    fake_mode()  # entered first by this thread, since those of the ranks end
     try:
         found = trial.of(by_operations)
     except ValueError as error:
