@@ -139,6 +139,7 @@ def fuzz_programs(session: nox.Session) -> None:
 def zoo(session: nox.Session) -> None:
     """Outside CI: models of other packages, partitioned; writes docs/zoo.md; 7 minutes. `-- --only NAME` tries one."""
     install(session, lowest("credit-domain"), *group("test"), *group("zoo"))
+    session.install("--quiet", "--no-compile", "--no-deps", "torch-harmonics==0.9.3")  # it asks for torch 2.14 alone
     session.run("python", "tools/zoo.py", *session.posargs, env=TEST_ENV)
 
 

@@ -28,6 +28,8 @@ SECONDS = 600
 CUTS = {2: (0.47,), 3: (0.41, 0.66), 4: (0.22, 0.53, 0.78)}
 TOLERANCE = 1e-6
 """Of the largest entry: deep models with norms amplify what is rounded in float64; what is wrong differs by tenths."""
+SINGLE = 1e-4
+"""Likewise for models that compute in float32 by themselves."""
 
 
 def run_one(name: str) -> dict[str, Any]:
@@ -43,21 +45,24 @@ def run_one(name: str) -> dict[str, Any]:
     prepare()
     entry = ZOO[name]
     torch.manual_seed(0)
-    model = entry.make().double()
+    dtype, tolerance, result = torch.float64, TOLERANCE, "exact"
+    if entry.single:
+        dtype, tolerance, result = torch.float32, SINGLE, "exact in float32"
+    model = entry.make() if entry.single else entry.make().double()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # ranks are threads here, which share a generator
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_complex():
+            if parameter.is_complex() and not entry.single:
                 setattr(module, key, nn.Parameter(parameter.detach().to(torch.complex128)))
-    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in entry.shapes]
+    inputs = [torch.randn(*shape, dtype=dtype) for shape in entry.shapes]
     rows = entry.shapes[0][-2]
     report: Any = None
     for cuts in CUTS.values():
         ends = [0, *(round(cut * rows) for cut in cuts), rows]
-        report = check_partitioned(model, inputs, tuple(b - a for a, b in pairwise(ends)), rtol=TOLERANCE)
+        report = check_partitioned(model, inputs, tuple(b - a for a, b in pairwise(ends)), rtol=tolerance)
     return {
-        "result": "exact",
+        "result": result,
         "operators": report.operators,
         "messages": len(report.moves),
         "gathered": sorted({f"{move.operation} ({move.bytes // 1024} KiB)" for move in report.gathered}),
@@ -115,7 +120,7 @@ def main() -> None:
         page = PAGE.read_text()
         before, _, rest = page.partition(BEGIN)
         PAGE.write_text(before + "\n".join(lines) + rest.partition(END)[2])
-    if not all("| exact |" in line for line in rows):
+    if not all("| exact" in line for line in rows):
         raise SystemExit(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ class Entry(NamedTuple):
         package: The distribution that it is from; empty for what is written here.
         make: Makes it.
         shapes: Shapes of its arguments.
+        single: Whether it computes in float32 whatever its arguments are.
     """
 
     package: str
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
+    single: bool = False
 
 
 class Called(nn.Module):
@@ -128,6 +131,59 @@ def swin() -> nn.Module:
 
     how = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2, "stochastic_depth_prob": 0.0}
     return SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], num_classes=3, **how)
+
+
+def spherical() -> nn.Module:
+    from torch_harmonics.examples.models.sfno import SphericalFourierNeuralOperator
+
+    sizes = {"img_size": (33, 32), "scale_factor": 2, "in_chans": 2, "out_chans": 2, "embed_dim": 8, "num_layers": 3}
+    return SphericalFourierNeuralOperator(**sizes, normalization_layer="instance_norm")
+
+
+def aurora() -> nn.Module:
+    import aurora
+
+    surface, static, levels = ("2t", "10u"), ("lsm", "z"), (500, 850)
+    model = aurora.Aurora(
+        surf_vars=surface,
+        static_vars=static,
+        atmos_vars=("t", "u"),
+        window_size=(2, 4, 4),
+        encoder_depths=(2, 2),
+        encoder_num_heads=(2, 4),
+        decoder_depths=(2, 2),
+        decoder_num_heads=(4, 2),
+        latent_levels=4,
+        patch_size=4,
+        embed_dim=16,
+        num_heads=2,
+        enc_depth=1,
+        dec_depth=1,
+        drop_path=0.0,
+        drop_rate=0.0,
+        use_lora=False,
+        autocast=False,
+    )
+
+    def call(model: nn.Module, x: Tensor, fixed: Tensor) -> list[Tensor]:
+        rows, columns = x.shape[-2:]
+        about = aurora.Metadata(
+            lat=torch.linspace(90, -90, rows),
+            lon=torch.linspace(0, 360, columns + 1)[:-1],
+            time=(datetime(2026, 1, 1),),
+            atmos_levels=levels,
+        )
+        made = model(
+            aurora.Batch(
+                surf_vars={name: x[:, :, at] for at, name in enumerate(surface)},
+                static_vars={name: fixed[0, at] for at, name in enumerate(static)},
+                atmos_vars={"t": x[:, :, 2:4], "u": x[:, :, 4:6]},
+                metadata=about,
+            )
+        )
+        return [*made.surf_vars.values(), *made.atmos_vars.values()]
+
+    return Called(model, call)
 
 
 class EarthBlock(nn.Module):
@@ -314,6 +370,8 @@ ZOO: dict[str, Entry] = {
         ),
         ((1, 2, 32, 32),),
     ),
+    "SFNO": Entry("torch-harmonics", spherical, ((1, 2, 33, 32),), single=True),
+    "Aurora": Entry("microsoft-aurora", aurora, ((1, 2, 6, 32, 64), (1, 2, 32, 64))),
     "Pangu": Entry("", Pangu, ((1, 3, 4, 45, 64),)),
     "CrossFormer": Entry("", CrossFormer, ((1, 3, 32, 64),)),
     "columns between windows": Entry("", Columns, ((1, 3, 24, 32),)),

@@ -106,6 +106,11 @@ def marked_functions() -> Iterator[list[Applied]]:
         yield _calls
 
 
+def changes_in_place(name: str) -> bool:
+    """Whether a function of torch is one that changes its first argument, by its name."""
+    return name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
 class _NoChangesOfData(TorchFunctionMode):
     """Refuses what is changed in place through ``data``: a trace would give it a gradient, or end the process."""
 
@@ -124,9 +129,7 @@ class _NoChangesOfData(TorchFunctionMode):
         raise ValueError("forward changes a tensor through its data: change the tensor itself, under torch.no_grad()")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        if in_place and args and id(args[0]) in self._given:
+        if changes_in_place(getattr(func, "__name__", "")) and args and id(args[0]) in self._given:
             self.refuse()
         return func(*args, **(kwargs or {}))
 

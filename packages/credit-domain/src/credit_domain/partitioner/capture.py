@@ -10,12 +10,15 @@ import copy
 import inspect
 import logging
 import random
+import re
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +29,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from credit_domain._torch_private import buffers_of, drop_hooks, fake_mode, parameters_of
 from credit_domain.containers import mapped, tensors_in
 from credit_domain.model.trace import managers_of
+from credit_domain.partitioner import autograd_functions, known_values
 from credit_domain.partitioner.arithmetic import flops_of
 from credit_domain.partitioner.autograd_functions import Applied, marked_functions
+from credit_domain.partitioner.known_values import KnownValues
 from credit_domain.partitioner.module_names import plain_name
 from credit_domain.partitioner.recomputing import Calls, marked_checkpoints
 from credit_domain.partitioner.settings import Settings, changed, restore, settings_of, tensors_of
@@ -96,7 +101,8 @@ class _Flat(nn.Module):
         args, kwargs = self.arguments.filled(tensors)
         before = tensors_of(self.model)
         buffers = [(buffers_of(m), name, x) for m in self.model.modules() for name, x in buffers_of(m).items()]
-        out = self.model(*args, **kwargs)
+        with KnownValues():
+            out = self.model(*args, **kwargs)
         for held, name, buffer in buffers:
             new = held.get(name)
             if new is buffer or buffer is None or new is None:
@@ -331,8 +337,19 @@ def _like(x: Tensor, device: torch.device | None = None) -> Tensor:
 def _short(error: Exception) -> str:
     """What torch says, without its hints for those who work on torch."""
     hints = ("For ", "If you ", "Caused by", "consider using", "The error above")
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(hints)]
+    text = str(error)
+    for mode in (known_values, autograd_functions):  # torch names who called it last, which a mode of ours may be
+        own = re.compile(rf'^  File "{re.escape(str(mode.__file__))}".*\n.*$', re.MULTILINE)
+        text = own.sub(lambda _: _place(error), text)
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(hints)]
     return "\n".join(lines[:12])
+
+
+def _place(error: Exception) -> str:
+    """The last line of the model, or of what it calls, that an error came through."""
+    aside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(aside)]
+    return f'  File "{frames[-1].filename}", line {frames[-1].lineno}, in {frames[-1].name}\n    {frames[-1].line}'
 
 
 def _detach_without_grad(module: fx.GraphModule) -> None:
